@@ -1,0 +1,224 @@
+"""What the experiment binaries share: a run's folder, and the loop that trains and judges."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: a binary has no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+import metajax
+from metajax.checkpoint import checkpoints
+
+PROTOCOLS = ("transductive", "inductive")
+TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
+
+Record = dict[str, Any]
+# (params, inner_state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, from task `first` on
+Judge = Callable[..., dict[str, jax.Array]]
+
+
+def versions() -> dict[str, str]:
+  """What a result depends on besides its flags."""
+  packages = ("metajax", "jax", "jaxlib", "flax", "optax", "numpy")
+  found = {package: importlib.metadata.version(package) for package in packages}
+  return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}
+
+
+class RunFolder:
+  """What a run leaves: flags.txt, metrics.jsonl, result.json, learning_curve.png, checkpoints."""
+
+  def __init__(self, out: str | os.PathLike, flags: dict[str, Any]) -> None:
+    """Names the folder, which may hold a run that the same flags began.
+
+    Raises:
+      ValueError: if it holds a run with other flags.
+    """
+    self.path = Path(out).expanduser().absolute()
+    self.metrics = self.path / "metrics.jsonl"
+    self._flags = self.path / "flags.txt"
+    self._lines = [f"--{name}={value}" for name, value in sorted(flags.items())]
+    if self._flags.is_file():
+      before = self._flags.read_text().splitlines()
+      changed = sorted(set(self._lines) ^ set(before), key=lambda line: line.split("=")[0])
+      if changed:
+        raise ValueError(
+          f"{self.path} holds a run with other flags ({' '.join(changed)}): "
+          "give the same flags to go on with it, or another --out"
+        )
+
+  def begin(self) -> None:
+    """Makes the folder and writes flags.txt.
+
+    Raises:
+      ValueError: if that cannot be done.
+    """
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      replace_file(self._flags, "\n".join(self._lines) + "\n")
+    except OSError as error:
+      raise ValueError(
+        f"--out={self.path} cannot be written ({error.strerror}): choose another folder"
+      ) from error
+
+  def records(self) -> list[Record]:
+    """The lines of metrics.jsonl; one that was cut off by a kill is left out."""
+    if not self.metrics.exists():
+      return []
+    text = self.metrics.read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+  def truncate(self, step: int) -> None:
+    """Forgets the records after a step."""
+    kept = [record for record in self.records() if record["step"] <= step]
+    replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+  def append(self, record: Record) -> None:
+    with self.metrics.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+
+  def finish(self, result: Record) -> None:
+    """Writes result.json and draws the learning curve."""
+    replace_file(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+    draw_learning_curve(self.records(), self.path / "learning_curve.png")
+
+
+def replace_file(path: Path, text: str) -> None:
+  """Writes a file whole, or leaves the one before as it was."""
+  beside = path.with_name(path.name + ".partial")
+  beside.write_text(text)
+  beside.replace(path)
+
+
+def train(
+  learner: metajax.MetaLearner,
+  sample_episodes: Callable[[jax.Array], metajax.Episode],
+  state: metajax.MetaState,
+  key: jax.Array,
+  *,
+  meta_steps: int,
+  eval_every: int,
+  evaluate: Callable[[metajax.MetaState], Record],
+  folder: RunFolder,
+  steps_per_call: int = 25,
+) -> tuple[metajax.MetaState, float]:
+  """Trains to `meta_steps` from what the folder holds; judges and saves every `eval_every`.
+
+  Returns:
+    The last state, and the seconds spent in compiled training steps, earlier sittings included.
+  """
+  saved = checkpoints(folder.path / "checkpoints")
+  restored = saved.restore(state)
+  state = state if restored is None else restored
+  step = int(state.step)
+  folder.truncate(step)
+  records = folder.records()
+  seconds = records[-1]["seconds"] if records else 0.0
+  if restored is not None:
+    print(f"going on from meta-step {step} of {folder.path}", flush=True)
+
+  programs: dict[int, Callable[..., Any]] = {}  # by number of steps
+  if not records:
+    record = {"step": 0, "seconds": 0.0, **evaluate(state)}
+    folder.append(record)
+    print(_summary(record), flush=True)
+  with tqdm(
+    total=meta_steps, initial=step, unit="step", desc="meta-training", smoothing=0.1
+  ) as bar:
+    while step < meta_steps:
+      until_evaluation = min(meta_steps, (step // eval_every + 1) * eval_every) - step
+      steps = min(steps_per_call, until_evaluation)
+      if steps not in programs:
+        many_steps = metajax.run(learner, sample_episodes, steps)
+        programs[steps] = jax.jit(many_steps, donate_argnums=0).lower(state, key).compile()
+      start = time.perf_counter()
+      with jax.transfer_guard("disallow"):  # all of it on the device, sampling included
+        state, infos = jax.block_until_ready(programs[steps](state, key))
+      seconds += time.perf_counter() - start
+      step += steps
+      losses = np.asarray(infos.losses).mean(axis=0)
+      bar.update(steps)
+      bar.set_postfix_str(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+      if steps == until_evaluation:
+        record = {"step": step, "seconds": round(seconds, 3), "losses": losses.tolist()}
+        record |= evaluate(state)
+        folder.append(record)
+        saved.save(state)
+        bar.write(_summary(record), file=sys.stdout)
+  saved.close()
+  return state, seconds
+
+
+def accuracies(
+  judge: Judge,
+  params: Any,
+  inner_state: Any,
+  key: jax.Array,
+  num_tasks: int,
+  label: str,
+) -> dict[str, np.ndarray]:
+  """Accuracy on each of `num_tasks` tasks, by protocol, a few tasks a call under a progress bar."""
+  parts = []
+  with tqdm(total=num_tasks, unit="task", desc=label, leave=False) as bar:
+    for first in range(0, num_tasks, TASKS_PER_CALL):
+      parts.append(jax.device_get(judge(params, inner_state, key, jax.numpy.int32(first))))
+      bar.update(min(TASKS_PER_CALL, num_tasks - first))
+  return {name: np.concatenate([part[name] for part in parts])[:num_tasks] for name in PROTOCOLS}
+
+
+def with_interval(values: dict[str, np.ndarray]) -> Record:
+  """`{protocol: {"accuracy", "interval95"}}`, as fractions."""
+  summary = {}
+  for name in PROTOCOLS:
+    mean, interval = metajax.mean_and_interval(values[name])
+    summary[name] = {"accuracy": round(mean, 6), "interval95": round(interval, 6)}
+  return summary
+
+
+def percent(cell: Record) -> str:
+  return f"{100 * cell['accuracy']:.2f} +- {100 * cell['interval95']:.2f} %"
+
+
+def _summary(record: Record) -> str:
+  cells = [
+    f"{split} {name} {percent(record[split][name])}"
+    for split in ("train", "test")
+    for name in PROTOCOLS
+  ]
+  return f"step {record['step']}: " + ", ".join(cells)
+
+
+def draw_learning_curve(records: list[Record], path: Path) -> None:
+  """Accuracy against meta-steps, both protocols, train and test tasks, with 95 % intervals."""
+  figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+  steps = [record["step"] for record in records]
+  for split, style in (("test", "-"), ("train", "--")):
+    for name, color in zip(PROTOCOLS, ("tab:blue", "tab:orange"), strict=True):
+      cells = [record[split][name] for record in records]
+      mean = 100 * np.array([cell["accuracy"] for cell in cells])
+      interval = 100 * np.array([cell["interval95"] for cell in cells])
+      axes.plot(steps, mean, style, color=color, marker=".", label=f"{split} tasks, {name}")
+      if split == "test":
+        axes.fill_between(steps, mean - interval, mean + interval, color=color, alpha=0.2, lw=0)
+  axes.set_xlabel("meta-steps")
+  axes.set_ylabel("accuracy after adaptation (%)")
+  axes.grid(alpha=0.3)
+  axes.legend(
+    loc="lower right", title="band: 95 % interval over tasks", fontsize=8, title_fontsize=8
+  )
+  figure.savefig(path, dpi=150)
+  plt.close(figure)

@@ -1,0 +1,54 @@
+"""metajax: Reptile, first-order MAML and MAML in JAX, as small functions that compose."""
+
+from importlib import metadata
+
+from metajax import convolution, data, losses, models
+from metajax.evaluation import Mean, evaluate, inductive, mean_and_interval, transductive
+from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, stateless
+from metajax.inner import LearnerState, Step, inner_step, inner_update
+from metajax.meta import MetaLearner, MetaState, meta_learner, run
+from metajax.minibatches import cycling, replacement, separate_tail, shared_tail
+from metajax.models import Model
+from metajax.parallel import batched, first_slot, sample_episodes, serial
+from metajax.types import Episode, Examples, Task
+
+__version__ = metadata.version("metajax")
+
+__all__ = [
+  "Episode",
+  "Examples",
+  "Info",
+  "LearnerState",
+  "Mean",
+  "MetaGradient",
+  "MetaLearner",
+  "MetaState",
+  "Model",
+  "Step",
+  "Task",
+  "batched",
+  "combine",
+  "convolution",
+  "cycling",
+  "data",
+  "evaluate",
+  "first_slot",
+  "fomaml",
+  "inductive",
+  "inner_step",
+  "inner_update",
+  "losses",
+  "maml",
+  "mean_and_interval",
+  "meta_learner",
+  "models",
+  "replacement",
+  "reptile",
+  "run",
+  "sample_episodes",
+  "separate_tail",
+  "serial",
+  "shared_tail",
+  "stateless",
+  "transductive",
+]

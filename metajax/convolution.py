@@ -1,0 +1,106 @@
+"""Convolution two ways, with one signature, the same parameters and the same result.
+
+XLA's own convolution on CPU is slow inside a scan, and slower still when vmap gives every task its
+own kernel (it becomes a grouped convolution). As shifted slices and one matrix multiplication the
+same work runs several times faster there; `benchmarks/README.md` has the figures.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Method = Literal["patches", "xla"]
+Convolve = Callable[..., jax.Array]
+Padding = str | Sequence[tuple[int, int]]
+
+
+def convolution(method: Method | None = None) -> Convolve:
+  """A convolution to hand to `flax.linen.Conv(conv_general_dilated=...)`.
+
+  Args:
+    method: `"patches"`, `"xla"`, or None for the faster one on the default backend.
+
+  Returns:
+    A function with the arguments of `jax.lax.conv_general_dilated`; inputs are
+    `[n, height, width, channels]`, kernels `[height, width, channels, features]`.
+
+  Raises:
+    ValueError: for any other method.
+  """
+  if method is None:
+    method = "patches" if jax.default_backend() == "cpu" else "xla"
+  if method not in _METHODS:
+    raise ValueError(f"convolution must be 'patches' or 'xla', not {method!r}")
+  return _METHODS[method]
+
+
+def patches(
+  inputs: jax.Array,
+  kernel: jax.Array,
+  window_strides: Sequence[int],
+  padding: Padding,
+  **options: Any,
+) -> jax.Array:
+  """`jax.lax.conv_general_dilated` on NHWC images as shifted slices and one matrix multiplication.
+
+  Args:
+    inputs: `[n, height, width, channels]`.
+    kernel: `[kernel_height, kernel_width, channels, features]`.
+    window_strides: of height and width.
+    padding: `"SAME"`, `"VALID"` or `[(low, high), (low, high)]`.
+    **options: the other arguments of `conv_general_dilated`; `precision` is used, and what cannot
+      be honoured (dilation, groups, another layout) is refused.
+
+  Returns:
+    `[n, out_height, out_width, features]`.
+  """
+  _refuse_unsupported(options)
+  rows, columns, channels, features = kernel.shape
+  height_stride, width_stride = window_strides
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(inputs.shape[1:3], (rows, columns), window_strides, padding)
+  inputs = jnp.pad(inputs, ((0, 0), *padding, (0, 0)))
+  n, height, width, _ = inputs.shape
+  out_height = (height - rows) // height_stride + 1
+  out_width = (width - columns) // width_stride + 1
+  shifted = [
+    lax.slice(
+      inputs,
+      (0, row, column, 0),
+      (
+        n,
+        row + (out_height - 1) * height_stride + 1,
+        column + (out_width - 1) * width_stride + 1,
+        channels,
+      ),
+      (1, height_stride, width_stride, 1),
+    )
+    for row in range(rows)
+    for column in range(columns)
+  ]
+  return jnp.matmul(
+    jnp.concatenate(shifted, axis=-1),
+    kernel.reshape(rows * columns * channels, features),
+    precision=options.get("precision"),
+  )
+
+
+_METHODS: dict[str, Convolve] = {"patches": patches, "xla": lax.conv_general_dilated}
+
+
+def _refuse_unsupported(options: dict[str, Any]) -> None:
+  inspect.signature(lax.conv_general_dilated).bind(None, None, None, None, **options)
+  dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+  groups = options.get("feature_group_count", 1) * options.get("batch_group_count", 1)
+  layout = options.get("dimension_numbers")
+  specs = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO, NHWC
+  named = ("NHWC", "HWIO", "NHWC")
+  if math.prod(dilations) != 1 or groups != 1:
+    raise ValueError("patches have no dilation and no feature groups: use convolution('xla')")
+  if layout is None or tuple(layout) not in (specs, named):
+    raise ValueError(f"patches need {named} images and kernels, not {layout}")

@@ -1,0 +1,16 @@
+"""Sources of tasks: functions from a key to a `Task`, drawn on the device."""
+
+from metajax.data import few_shot, glyphs, mini_imagenet, omniglot, sine
+from metajax.data.few_shot import Classes, Splits
+from metajax.data.files import DataError
+
+__all__ = [
+  "Classes",
+  "DataError",
+  "Splits",
+  "few_shot",
+  "glyphs",
+  "mini_imagenet",
+  "omniglot",
+  "sine",
+]

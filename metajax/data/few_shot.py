@@ -1,0 +1,111 @@
+"""N-way K-shot tasks from classes of examples, drawn on the device (Section 6.1)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from metajax.types import Examples, PRNGKey, SampleTask, Task
+
+
+class Classes(NamedTuple):
+  """Examples sorted by class. Classes may differ in size.
+
+  Attributes:
+    inputs: `[m, ...]`, all examples, class after class, in their storage type.
+    starts: int32 `[c]`, the row of each class's first example.
+    sizes: int32 `[c]`, the number of its examples.
+  """
+
+  inputs: jax.Array
+  starts: jax.Array
+  sizes: jax.Array
+
+
+class Splits(NamedTuple):
+  """Disjoint classes: to meta-train on, to choose settings with (if there are any), to report."""
+
+  train: Classes
+  validation: Classes | None
+  test: Classes
+
+
+def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
+  """Classes from arrays in memory: a user's own data.
+
+  Args:
+    inputs: `[m, ...]`.
+    labels: integers `[m]`, any values; every distinct one is a class, in increasing order.
+
+  Raises:
+    ValueError: if lengths differ, there is no example, the labels are not integers, or float inputs
+      are not all finite.
+  """
+  inputs, labels = np.asarray(inputs), np.asarray(labels)
+  if labels.ndim != 1 or len(labels) != len(inputs) or not len(labels):
+    raise ValueError(
+      f"inputs {inputs.shape} and labels {labels.shape} must be [m, ...] and [m], with m >= 1"
+    )
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f"labels must be integers, not {labels.dtype}")
+  if np.issubdtype(inputs.dtype, np.floating) and not np.all(np.isfinite(inputs)):
+    raise ValueError("inputs must be finite: there are NaN or infinite entries")
+  order = np.argsort(labels, kind="stable")
+  _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+  return Classes(
+    jnp.asarray(inputs[order]), jnp.asarray(starts, jnp.int32), jnp.asarray(sizes, jnp.int32)
+  )
+
+
+def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: int) -> SampleTask:
+  """Draws `ways` classes, and `train_shots + test_shots` different examples of each.
+
+  Args:
+    classes: where to draw from; the function that is returned closes over its arrays.
+    ways: classes in a task; their labels are 0 ... ways - 1.
+    train_shots: examples of each class to adapt on.
+    test_shots: examples of each class to be judged on.
+
+  Returns:
+    `key -> Task` with `[ways * train_shots, ...]` train and `[ways * test_shots, ...]` test
+    examples, sorted by class; targets int32. It consumes the key.
+
+  Raises:
+    ValueError: if there are fewer classes than ways, a class has too few examples, or a number is
+      below 1 (`test_shots` may be 0).
+  """
+  if ways < 1 or train_shots < 1 or test_shots < 0:
+    raise ValueError(
+      "ways and train_shots must be at least 1 and test_shots at least 0, "
+      f"not {ways}, {train_shots} and {test_shots}"
+    )
+  num_classes, shots = len(classes.starts), train_shots + test_shots
+  if ways > num_classes:
+    raise ValueError(
+      f"{ways} ways need {ways} classes, and there are {num_classes}: lower the ways"
+    )
+  smallest = int(np.argmin(np.asarray(classes.sizes)))
+  if classes.sizes[smallest] < shots:
+    raise ValueError(
+      f"a task needs {shots} examples of each class, and class {smallest} has "
+      f"{int(classes.sizes[smallest])}: lower the shots"
+    )
+  largest = int(np.max(np.asarray(classes.sizes)))
+
+  def sample(key: PRNGKey) -> Task:
+    class_key, example_key = jax.random.split(key)
+    chosen = jax.random.permutation(class_key, num_classes)[:ways]
+    # The largest of random scores are a draw without replacement; rows a class lacks never win.
+    scores = jax.random.uniform(example_key, (ways, largest))
+    scores = jnp.where(jnp.arange(largest) < classes.sizes[chosen][:, None], scores, -1.0)
+    rows = classes.starts[chosen][:, None] + jax.lax.top_k(scores, shots)[1]
+    labels = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32)[:, None], rows.shape)
+
+    def examples(columns: slice) -> Examples:
+      return Examples(classes.inputs[rows[:, columns].reshape(-1)], labels[:, columns].reshape(-1))
+
+    return Task(examples(slice(train_shots)), examples(slice(train_shots, None)))
+
+  return sample

@@ -1,0 +1,149 @@
+"""Reading other people's files: nothing is unpacked to disk, and what is wrong is said clearly."""
+
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+# Far above any image of a few-shot data set, far below what a decompression bomb would cost.
+_MAX_FILE_BYTES = 16 * 2**20
+_DAMAGE = (
+  EOFError,
+  OSError,
+  zlib.error,
+  lzma.LZMAError,
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  NotImplementedError,
+)
+
+
+class DataError(ValueError):
+  """Something is wrong with the data: one line that says what, where, and what to do about it."""
+
+
+def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
+  """Where prepared data is kept: the argument, `$METAJAX_CACHE`, or `~/.cache/metajax`."""
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  chosen = cache_dir or os.environ.get("METAJAX_CACHE") or Path(base) / "metajax"
+  return Path(chosen).expanduser().absolute()
+
+
+def existing_directory(data_dir: str | os.PathLike) -> Path:
+  """The folder `data_dir`, or a `DataError` if there is none."""
+  folder = Path(data_dir).expanduser()
+  if not folder.is_dir():
+    raise DataError(f"{folder} is not a folder: give the folder that holds the data")
+  return folder
+
+
+def fingerprint(paths: Iterable[Path], *facts: object) -> str:
+  """A short name for a set of files as they are now: it changes when one is replaced."""
+  digest = hashlib.sha256(repr(facts).encode())
+  for path in sorted(paths):
+    status = path.stat()
+    digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+  return digest.hexdigest()[:16]
+
+
+def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
+  """Every file of a zip or tar archive whose name ends in one of the suffixes, in archive order.
+
+  Args:
+    path: a `.zip`, or a tar in any compression.
+    suffixes: lower case, such as `(".png",)`; hidden files are passed over.
+
+  Yields:
+    The name inside the archive and the content. The archive's checksums are verified on the way.
+
+  Raises:
+    DataError: if the archive is missing, truncated or damaged, a name leads out of it, or a file is
+      larger than any image would be.
+  """
+  if not path.is_file():
+    raise DataError(f"{path} does not exist: download it, or correct the folder")
+  members = _zip_members if path.suffix == ".zip" else _tar_members
+  try:
+    for name, file in members(path):
+      inside = PurePosixPath(name)
+      if inside.is_absolute() or ".." in inside.parts or "\\" in name:
+        raise DataError(
+          f"{path} holds the unsafe name {name!r}: get the archive from a source you trust"
+        )
+      hidden = any(part.startswith((".", "__")) for part in inside.parts)
+      if hidden or inside.suffix.lower() not in suffixes:
+        continue
+      content = file.read(_MAX_FILE_BYTES + 1)
+      if len(content) > _MAX_FILE_BYTES:
+        raise DataError(
+          f"{path} holds {name}, over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image"
+        )
+      yield inside, content
+  except _DAMAGE as error:
+    raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+  with zipfile.ZipFile(path) as archive:
+    for info in archive.infolist():
+      if info.flag_bits & 1:
+        raise DataError(f"{path} is encrypted: download the original")
+      if not info.is_dir():
+        with archive.open(info) as file:
+          yield info.filename, file
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+  opener = gzip.open if path.suffix in (".gz", ".tgz") else open
+  with opener(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+    for member in archive:
+      file = archive.extractfile(member) if member.isreg() else None
+      if file is not None:
+        yield member.name, file
+    # A tar may end before its stream does; gzip checks the sum of the whole at the very end.
+    while stream.read(2**20):
+      pass
+
+
+def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
+  """As `read_archive`, for the files below a folder, sorted by name."""
+  for path in sorted(folder.rglob("*")):
+    inside = PurePosixPath(path.relative_to(folder).as_posix())
+    hidden = any(part.startswith(".") for part in inside.parts)
+    if path.is_file() and inside.suffix.lower() in suffixes and not hidden:
+      yield inside, path.read_bytes()
+
+
+def decode_image(content: bytes, name: object, *, size: tuple[int, int], mode: str) -> np.ndarray:
+  """An image file as uint8 `[height, width]` (mode `L`) or `[height, width, 3]` (mode `RGB`).
+
+  Args:
+    content: the file.
+    name: for messages.
+    size: `(width, height)` that it must have, in pixels.
+    mode: Pillow's.
+
+  Raises:
+    DataError: if it is no image, is damaged, or has another size.
+  """
+  try:
+    with Image.open(io.BytesIO(content)) as image:
+      if image.size != size:
+        raise DataError(
+          f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
+        )
+      return np.asarray(image.convert(mode))
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f"{name} is not a readable image: replace it") from error

@@ -1,0 +1,140 @@
+"""mini-ImageNet (Vinyals et al. 2016; Ravi & Larochelle's 64 / 16 / 20 classes), 84x84 RGB."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from metajax.data.few_shot import Classes, Splits, from_arrays
+from metajax.data.files import (
+  DataError,
+  cache_directory,
+  decode_image,
+  existing_directory,
+  fingerprint,
+  read_archive,
+  read_folder,
+)
+
+_SIZE = 84
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SPLITS = ("train", "val", "test")
+_LAYOUT = (
+  "train*.tar.gz, val*.tar.gz and test*.tar.gz, holding SPLIT/CLASS/IMAGE.jpg, or folders "
+  "train/CLASS, val/CLASS and test/CLASS, all images 84x84"
+)
+
+
+def load(
+  data_dir: str | os.PathLike | None, *, cache_dir: str | os.PathLike | None = None
+) -> Splits:
+  """mini-ImageNet as few-shot classes; classes may differ in size, and validation may be missing.
+
+  The images are ImageNet's, which may not be passed on, so there is no download: make them from
+  ILSVRC-2012 with Ravi & Larochelle's lists. They are decoded once, into the cache.
+
+  Args:
+    data_dir: a folder with archives (`train*.tar.gz`, `val*.tar.gz`, `test*.tar.gz`; all that are
+      there are read) or with class folders (`train/CLASS/IMAGE.jpg`, ...).
+    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+
+  Returns:
+    Splits; inputs uint8 `[m, 84, 84, 3]`.
+
+  Raises:
+    DataError: if there is nothing to read, or something is damaged or of another size.
+  """
+  if data_dir is None:
+    raise DataError(
+      "mini-ImageNet cannot be downloaded (ImageNet's terms): make the 84x84 images from "
+      "ILSVRC-2012 with Ravi & Larochelle's lists and give, as data_dir, a folder with " + _LAYOUT
+    )
+  folder = existing_directory(data_dir)
+  sources = {split: _sources(folder, split) for split in _SPLITS}
+  for split in ("train", "test"):
+    if not sources[split]:
+      raise DataError(f"{folder} has no {split} images: it should hold {_LAYOUT}")
+  files = [path for split in _SPLITS for path in _files(sources[split])]
+  cache = cache_directory(cache_dir) / f"mini_imagenet-{fingerprint(files, len(files))}"
+  if not cache.is_dir():
+    _prepare(sources, cache)
+  train, validation, test = (_load(cache, split) for split in _SPLITS)
+  assert train is not None and test is not None
+  return Splits(train, validation, test)
+
+
+def _sources(folder: Path, split: str) -> list[Path]:
+  return sorted(folder.glob(f"{split}*.tar.gz")) or [
+    path for path in [folder / split] if path.is_dir()
+  ]
+
+
+def _files(sources: list[Path]) -> Iterator[Path]:
+  for source in sources:
+    yield from (source.rglob("*") if source.is_dir() else [source])
+
+
+def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+  """CLASS/IMAGE names and contents of one archive or folder."""
+  if source.is_dir():
+    yield from ((PurePosixPath(name), content) for name, content in read_folder(source, _SUFFIXES))
+    return
+  for name, content in read_archive(source, _SUFFIXES):
+    parts = name.parts[1:] if name.parts[0] == split else name.parts
+    yield PurePosixPath(*parts), content
+
+
+def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
+  """Decodes everything into a folder beside the cache, and moves it into place when it is whole."""
+  cache.parent.mkdir(parents=True, exist_ok=True)
+  workspace = Path(tempfile.mkdtemp(prefix=cache.name, dir=cache.parent))
+  try:
+    for split, paths in sources.items():
+      if paths:
+        images, labels = _decode(paths, split)
+        np.save(workspace / f"{split}_images.npy", images)
+        np.save(workspace / f"{split}_labels.npy", labels)
+    if not cache.is_dir():
+      workspace.rename(cache)
+  finally:
+    shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Images uint8 `[m, 84, 84, 3]` and the labels `[m]`, classes numbered by name."""
+  images: dict[PurePosixPath, np.ndarray] = {}
+  for source in paths:
+    for name, content in _read(source, split):
+      if len(name.parts) != 2:
+        raise DataError(
+          f"{source} holds {name}, which is not CLASS/IMAGE: it should hold {_LAYOUT}"
+        )
+      if name in images:
+        raise DataError(f"{source} holds {name} a second time: keep one of the two")
+      images[name] = decode_image(content, f"{name} in {source}", size=(_SIZE, _SIZE), mode="RGB")
+  if not images:
+    raise DataError(
+      f"{', '.join(map(str, paths))}: there is no image inside: it should hold {_LAYOUT}"
+    )
+  names = sorted(images)
+  classes = {name: label for label, name in enumerate(sorted({n.parts[0] for n in names}))}
+  stacked = np.empty((len(names), _SIZE, _SIZE, 3), np.uint8)
+  for row, name in enumerate(names):
+    stacked[row] = images.pop(name)
+  return stacked, np.array([classes[name.parts[0]] for name in names], np.int32)
+
+
+def _load(cache: Path, split: str) -> Classes | None:
+  if not (cache / f"{split}_images.npy").is_file():
+    return None
+  try:
+    images = np.load(cache / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
+    labels = np.load(cache / f"{split}_labels.npy", allow_pickle=False)
+  except (ValueError, OSError, EOFError) as error:
+    raise DataError(
+      f"the cache {cache} is damaged ({error}): delete it, and it is made again"
+    ) from error
+  return from_arrays(images, labels)

@@ -1,0 +1,153 @@
+"""Omniglot (Lake et al. 2015): 1,623 characters of 50 alphabets, 20 drawings each, as 28x28 images.
+
+Read through TensorFlow Datasets, from its array_record files; TensorFlow itself is not needed.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from metajax.data.few_shot import Classes, Splits, from_arrays
+from metajax.data.files import (
+  DataError,
+  cache_directory,
+  decode_image,
+  existing_directory,
+  fingerprint,
+  read_archive,
+)
+
+URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
+# The split's archive and its number of characters; every character has 20 drawings.
+ARCHIVES = {"train": ("images_background.zip", 964), "test": ("images_evaluation.zip", 659)}
+DRAWINGS = 20
+_TRAIN_CHARACTERS = 1200  # of the paper's pooled protocol; the other 423 are for testing
+_SOURCE_SIZE, _SIZE = 105, 28
+
+
+def load(
+  data_dir: str | os.PathLike | None = None,
+  *,
+  protocol: Literal["pooled", "alphabets"] = "pooled",
+  seed: int = 0,
+  cache_dir: str | os.PathLike | None = None,
+) -> Splits:
+  """Omniglot as few-shot classes.
+
+  Args:
+    data_dir: a folder with the official `images_background.zip` and `images_evaluation.zip`; None
+      downloads them. They are prepared once, into the cache.
+    protocol: `"pooled"`, the paper's: all characters pooled, 1,200 at random to train on, each in
+      four rotations as four classes (4,800), the other 423 to test on, unrotated. `"alphabets"`:
+      train on the 964 characters of the background alphabets (3,856 classes with rotations), test
+      on the 659 of the evaluation alphabets.
+    seed: chooses the 1,200 characters.
+    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+
+  Returns:
+    Splits without validation; inputs uint8 `[m, 28, 28, 1]`, paper 255, ink 0.
+
+  Raises:
+    DataError: if an archive is missing, damaged or incomplete, or the download fails.
+    ValueError: for any other protocol.
+  """
+  if protocol not in ("pooled", "alphabets"):
+    raise ValueError(f"protocol must be 'pooled' or 'alphabets', not {protocol!r}")
+  background, evaluation = _drawings(data_dir, cache_directory(cache_dir))
+  if protocol == "alphabets":
+    return Splits(_with_rotations(background), None, _classes(evaluation))
+  characters = np.concatenate([background, evaluation])
+  order = np.random.default_rng(seed).permutation(len(characters))
+  train, test = np.split(characters[order], [_TRAIN_CHARACTERS])
+  return Splits(_with_rotations(train), None, _classes(test))
+
+
+def _classes(drawings: np.ndarray) -> Classes:
+  """Classes of drawings uint8 `[characters, 20, 28, 28]`."""
+  labels = np.repeat(np.arange(len(drawings)), drawings.shape[1])
+  return from_arrays(drawings.reshape(-1, _SIZE, _SIZE, 1), labels)
+
+
+def _with_rotations(drawings: np.ndarray) -> Classes:
+  quarter_turns = [np.rot90(drawings, turns, axes=(2, 3)) for turns in range(4)]
+  return _classes(np.concatenate(quarter_turns))
+
+
+def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarray]:
+  """The drawings of the two splits, uint8 `[characters, 20, 28, 28]`."""
+  from metajax.data.omniglot_builder import MetajaxOmniglot
+
+  if data_dir is None:
+    urls = {split: URL + name for split, (name, _) in ARCHIVES.items()}
+    home = cache / "omniglot-download"
+  else:
+    folder = existing_directory(data_dir)
+    paths = {split: folder / name for split, (name, _) in ARCHIVES.items()}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+      raise DataError(f"{folder} has no {' and no '.join(missing)}: download from {URL}")
+    urls = {split: str(path) for split, path in paths.items()}
+    home = cache / f"omniglot-{fingerprint(paths.values())}"
+
+  builder = MetajaxOmniglot(
+    urls=urls, read=_read_records, data_dir=home, file_format="array_record"
+  )
+  try:
+    builder.download_and_prepare()
+  except DataError:
+    raise
+  except Exception as error:  # whatever went wrong on the way to the web, the way out is the same
+    if data_dir is not None:
+      raise
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise DataError(
+      f"Omniglot could not be downloaded ({reason}): get images_background.zip and "
+      f"images_evaluation.zip from {URL} and give their folder as data_dir"
+    ) from error
+  return [_shrink(builder.as_data_source(split=split), split, home) for split in ARCHIVES]
+
+
+def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """The records of an archive, after a check that it is whole."""
+  name, characters = ARCHIVES[split]
+  drawings: dict[str, int] = {}
+  records = []
+  for inside, content in read_archive(path, (".png",)):
+    if len(inside.parts) != 4 or "_" not in inside.stem or not inside.stem.split("_")[0].isdigit():
+      raise DataError(
+        f"{path} holds {inside}, not SET/ALPHABET/characterNN/####_##.png: download {URL}{name}"
+      )
+    decode_image(content, f"{inside} in {path}", size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
+    label = inside.stem.split("_")[0]
+    drawings[label] = drawings.get(label, 0) + 1
+    records.append(
+      (inside.stem, {"image": content, "alphabet": inside.parts[1], "label": int(label)})
+    )
+  if len(drawings) != characters or set(drawings.values()) != {DRAWINGS}:
+    raise DataError(
+      f"{path} holds {len(drawings)} characters and {len(records)} drawings, not {characters} and "
+      f"{characters * DRAWINGS}: download {URL}{name} again"
+    )
+  yield from records
+
+
+def _shrink(source: Any, split: str, cache: Path) -> np.ndarray:
+  """28x28 by nearest neighbour, as in the paper's code, by character: uint8 `[c, 20, 28, 28]`."""
+  pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
+  labels = np.empty(len(source), np.int64)
+  images = np.empty((len(source), _SIZE, _SIZE), np.uint8)
+  for row, example in enumerate(source):
+    labels[row] = example["label"]
+    # A 1-bit image is decoded to 0 and 1 or to 0 and 255, by whichever decoder is installed.
+    images[row] = np.where(example["image"][np.ix_(pixels, pixels)][..., 0], 255, 0)
+  characters = ARCHIVES[split][1]
+  if len(labels) != characters * DRAWINGS:
+    raise DataError(
+      f"{cache} holds {len(labels)} drawings of the {split} split, not {characters * DRAWINGS}: "
+      "delete it, and it is made again"
+    )
+  order = np.argsort(labels, kind="stable")
+  return images[order].reshape(characters, DRAWINGS, _SIZE, _SIZE)

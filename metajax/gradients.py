@@ -1,0 +1,222 @@
+"""Which combination of the gradients g_1 ... g_k becomes the outer gradient, for ONE task."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metajax.inner import LearnerState, Step, inner_step, inner_update
+from metajax.types import Episode, Examples, InnerState, LossFn, Params, take
+
+
+class Info(NamedTuple):
+  """What may be logged of an episode."""
+
+  losses: jax.Array  # L_i(phi_i), [k]
+
+
+class MetaGradient(NamedTuple):
+  """A meta-gradient estimator; every one here is written for a single task.
+
+  Attributes:
+    init: `params -> inner_state`, what is carried from one task to the next.
+    estimate: `(params, inner_state, episode) -> (gradient, inner_state, Info)`; the gradient has
+      the parameters' structure and is meant for any optax optimizer, which subtracts it.
+  """
+
+  init: Callable[[Params], InnerState]
+  estimate: Callable[[Params, InnerState, Episode], tuple[Params, InnerState, Info]]
+
+
+def reptile(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, stepsize: float = 1.0
+) -> MetaGradient:
+  """Reptile: (phi - U^k(phi)) / stepsize (Algorithm 1 and Section 4).
+
+  With `stepsize=1` and outer SGD of rate epsilon this is phi <- phi + epsilon (phi~ - phi). With
+  inner SGD of rate alpha and `stepsize=alpha` it is g_1 + ... + g_k.
+
+  Args:
+    loss_fn: `(params, batch) -> scalar`.
+    optimizer: the inner optimizer.
+    stepsize: what the displacement is divided by.
+
+  Raises:
+    ValueError: if the stepsize is not positive.
+  """
+  if not stepsize > 0:
+    raise ValueError(f"stepsize must be positive, not {stepsize}")
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    learner, losses = inner_update(
+      loss_fn, optimizer, LearnerState(params, inner_state), episode.pool, episode.schedule
+    )
+    learner, last = inner_step(loss_fn, optimizer, learner, episode.tail)
+    gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
+    return gradient, learner.opt_state, Info(jnp.append(losses, last.loss))
+
+  return MetaGradient(optimizer.init, estimate)
+
+
+def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGradient:
+  """First-order MAML: g_k = L_k'(U^{k-1}(phi)), Equation 4 with the Jacobian U' taken as I.
+
+  Nothing is differentiated through the inner steps. L_k is the outer loss, so it does not pass
+  through the inner optimizer, and the state carried on is the one after `k - 1` steps.
+
+  Args:
+    loss_fn: `(params, batch) -> scalar`.
+    optimizer: the inner optimizer.
+  """
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    learner, losses = inner_update(
+      loss_fn, optimizer, LearnerState(params, inner_state), episode.pool, episode.schedule
+    )
+    last, gradient = jax.value_and_grad(loss_fn)(learner.params, episode.tail)
+    return gradient, learner.opt_state, Info(jnp.append(losses, last))
+
+  return MetaGradient(optimizer.init, estimate)
+
+
+def maml(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, remat: bool = False
+) -> MetaGradient:
+  """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative (Equation 3).
+
+  The inner optimizer's state is a constant of the derivative; the one carried on is that after
+  `k - 1` steps, as for `fomaml`.
+
+  Args:
+    loss_fn: `(params, batch) -> scalar`.
+    optimizer: the inner optimizer.
+    remat: recompute each inner step in the backward pass: less memory, more time.
+
+  Raises:
+    ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,
+      as Adam without `eps_root` (a gradient entry of exactly 0 would give NaN).
+  """
+
+  def init(params: Params) -> InnerState:
+    _check_twice_differentiable(optimizer, params)
+    return optimizer.init(params)
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
+      learner, losses = inner_update(
+        loss_fn,
+        optimizer,
+        LearnerState(params, inner_state),
+        episode.pool,
+        episode.schedule,
+        remat=remat,
+      )
+      last = loss_fn(learner.params, episode.tail)
+      return last, (learner.opt_state, jnp.append(losses, last))
+
+    gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
+    return gradient, inner_state, Info(losses)
+
+  return MetaGradient(init, estimate)
+
+
+def combine(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  weights: Sequence[float] | jax.Array | np.ndarray,
+  *,
+  of_updates: bool = False,
+) -> MetaGradient:
+  """Any linear combination w_1 g_1 + ... + w_k g_k, in memory independent of k (Section 6.2).
+
+  All ones give Reptile's gradient, the last one alone FOMAML's.
+
+  Args:
+    loss_fn: `(params, batch) -> scalar`.
+    optimizer: the inner optimizer.
+    weights: `[k]`.
+    of_updates: combine -(phi_{i+1} - phi_i), what the optimizer took away at each step, in place of
+      g_i. The paper's code does so: its FOMAML applies the last update, which for Adam is not g_k.
+
+  Raises:
+    ValueError: if the weights are not a finite vector; in `estimate`, if there are not `k` of them.
+  """
+  coefficients = np.asarray(weights)
+  if coefficients.ndim != 1 or coefficients.size == 0 or not np.all(np.isfinite(coefficients)):
+    raise ValueError(f"weights must be k finite numbers, not {weights!r}")
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    k = episode.schedule.shape[0] + 1
+    if coefficients.size != k:
+      raise ValueError(f"{coefficients.size} weights for an episode of k = {k} losses: give {k}")
+
+    def accumulate(total: Params, weight: jax.Array, step: Step) -> Params:
+      def add(total: jax.Array, grad: jax.Array, update: jax.Array) -> jax.Array:
+        return total + weight.astype(total.dtype) * (-update if of_updates else grad)
+
+      return jax.tree.map(add, total, step.grads, step.update)
+
+    def advance(
+      carry: tuple[LearnerState, Params], weight: jax.Array, batch: Examples
+    ) -> tuple[tuple[LearnerState, Params], jax.Array]:
+      learner, step = inner_step(loss_fn, optimizer, carry[0], batch)
+      return (learner, accumulate(carry[1], weight, step)), step.loss
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    carry, losses = jax.lax.scan(
+      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1])),
+      (LearnerState(params, inner_state), zeros),
+      (jnp.asarray(coefficients[:-1]), episode.schedule),
+    )
+    (learner, gradient), last = advance(carry, jnp.asarray(coefficients[-1]), episode.tail)
+    return gradient, learner.opt_state, Info(jnp.append(losses, last))
+
+  return MetaGradient(optimizer.init, estimate)
+
+
+def stateless(meta_gradient: MetaGradient) -> MetaGradient:
+  """The same estimator with a fresh inner optimizer for every task; nothing is carried.
+
+  The paper's code hands Adam's second moment from task to task; this is the ablation.
+  """
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, tuple, Info]:
+    del inner_state
+    gradient, _, info = meta_gradient.estimate(params, meta_gradient.init(params), episode)
+    return gradient, (), info
+
+  def init(params: Params) -> tuple:
+    meta_gradient.init(params)  # so that what it refuses is refused here, too
+    return ()
+
+  return MetaGradient(init, estimate)
+
+
+def _check_twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
+  """Probes the update's derivative at a zero gradient on scalars of the parameters' structure."""
+  with jax.ensure_compile_time_eval():
+    scalars = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
+    ones = jax.tree.map(jnp.ones_like, scalars)
+    state = optimizer.init(scalars)
+    _, slopes = jax.jvp(
+      lambda grads: optimizer.update(grads, state, scalars)[0], (scalars,), (ones,)
+    )
+    finite = all(bool(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes))
+  if not finite:
+    raise ValueError(
+      "maml needs an inner optimizer whose update has a finite derivative at a zero gradient: "
+      "give optax.adam an eps_root > 0 (say 1e-8), or use optax.sgd"
+    )

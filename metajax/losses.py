@@ -1,0 +1,60 @@
+"""Losses of one minibatch, with the reduction named: the paper's code sums, most codes average."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metajax.types import Apply, Examples, LossFn, Params
+
+Reduction = Literal["sum", "mean"]
+_REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
+
+
+def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
+  """Softmax cross-entropy against integer labels: -log p(y | x), over the minibatch, in nats.
+
+  Args:
+    apply: `(params, inputs [n, ...]) -> logits [n, classes]`.
+    reduction: `"sum"`, as in the paper's code, or `"mean"`, over the `n` examples. It scales the
+      gradient, which SGD feels and Adam hides.
+
+  Raises:
+    ValueError: for any other reduction.
+  """
+  return _reduced(apply, optax.losses.softmax_cross_entropy_with_integer_labels, reduction)
+
+
+def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
+  """Squared error ||f(x) - y||^2, over the minibatch, in squared units of the targets.
+
+  Args:
+    apply: `(params, inputs [n, ...]) -> outputs`, of the targets' shape `[n, ...]`.
+    reduction: `"sum"` or `"mean"` over the `n` examples; an example's own components are summed.
+
+  Raises:
+    ValueError: for any other reduction.
+  """
+
+  def per_example(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    if outputs.shape != targets.shape:
+      raise ValueError(f"outputs {outputs.shape} and targets {targets.shape} must have one shape")
+    return jnp.sum(jnp.square(outputs - targets).reshape(outputs.shape[0], -1), axis=1)
+
+  return _reduced(apply, per_example, reduction)
+
+
+def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+  """The fraction of `outputs [n, classes]` whose largest entry is at the label in `targets [n]`."""
+  return jnp.mean(jnp.argmax(outputs, axis=-1) == targets)
+
+
+def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:
+  if reduction not in _REDUCTIONS:
+    raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
+
+  def loss_fn(params: Params, examples: Examples) -> jax.Array:
+    return _REDUCTIONS[reduction](per_example(apply(params, examples.inputs), examples.targets))
+
+  return loss_fn

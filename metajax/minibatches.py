@@ -1,0 +1,110 @@
+"""Which examples each of the k losses sees, decided before an episode starts (Section 6.3)."""
+
+from collections.abc import Callable
+
+import jax
+
+from metajax.types import Episode, MakeEpisode, PRNGKey, Task, num_examples, take
+
+Schedule = Callable[[PRNGKey, int], jax.Array]  # (key, n) -> int32 rows [k, b] of n examples
+
+
+def cycling(num_steps: int, batch_size: int) -> Schedule:
+  """Minibatches cut from an endless stream of passes, each pass a new shuffle of all examples.
+
+  Every example is seen once before any is seen again; a minibatch may straddle two passes.
+
+  Args:
+    num_steps: `k`, the minibatches of one episode.
+    batch_size: `b`, the examples of one minibatch.
+
+  Returns:
+    `(key, n) -> rows`, int32 `[k, b]`; it consumes the key.
+
+  Raises:
+    ValueError: if a size is below 1.
+  """
+  _check(num_steps, batch_size)
+
+  def schedule(key: PRNGKey, n: int) -> jax.Array:
+    passes = -(-num_steps * batch_size // n)
+    shuffles = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(key, passes))
+    return shuffles.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+  return schedule
+
+
+def replacement(num_steps: int, batch_size: int) -> Schedule:
+  """Every minibatch a fresh draw, with no duplicates inside it and no memory of the ones before.
+
+  Args:
+    num_steps: `k`, the minibatches of one episode.
+    batch_size: `b`, the examples of one minibatch.
+
+  Returns:
+    `(key, n) -> rows`, int32 `[k, b]`; it consumes the key.
+
+  Raises:
+    ValueError: if a size is below 1, or, when the schedule is drawn, if `b > n`.
+  """
+  _check(num_steps, batch_size)
+
+  def schedule(key: PRNGKey, n: int) -> jax.Array:
+    if batch_size > n:
+      raise ValueError(
+        f"a minibatch of {batch_size} cannot be drawn without duplicates from {n} examples: "
+        "lower the batch size or raise the shots"
+      )
+    draw = lambda key: jax.random.permutation(key, n)[:batch_size]
+    return jax.vmap(draw)(jax.random.split(key, num_steps))
+
+  return schedule
+
+
+def shared_tail(schedule: Schedule) -> MakeEpisode:
+  """The last minibatch comes from the same examples as the others (Section 6.3).
+
+  Args:
+    schedule: draws all `k` minibatches from `task.train`.
+
+  Returns:
+    `(key, task) -> Episode`; it consumes the key.
+  """
+
+  def make_episode(key: PRNGKey, task: Task) -> Episode:
+    rows = schedule(key, num_examples(task.train))
+    return Episode(task.train, rows[:-1], take(task.train, rows[-1]))
+
+  return make_episode
+
+
+def separate_tail(schedule: Schedule) -> MakeEpisode:
+  """The last loss is on examples that no earlier minibatch has: all of `task.test` (Section 6.3).
+
+  Args:
+    schedule: draws `k` minibatches from `task.train`, of which the last gives way to the tail.
+
+  Returns:
+    `(key, task) -> Episode`; it consumes the key.
+
+  Raises:
+    ValueError: when an episode is made, if `k = 1`, which leaves no step before the tail.
+  """
+
+  def make_episode(key: PRNGKey, task: Task) -> Episode:
+    rows = schedule(key, num_examples(task.train))
+    if rows.shape[0] < 2:
+      raise ValueError(
+        "a separate tail is the last of the k minibatches, so k = 1 leaves none to adapt on: "
+        "use num_steps >= 2, or shared_tail"
+      )
+    return Episode(task.train, rows[:-1], task.test)
+
+  return make_episode
+
+
+def _check(num_steps: int, batch_size: int) -> None:
+  if num_steps < 1 or batch_size < 1:
+    raise ValueError(
+      f"num_steps and batch_size must be at least 1, not {num_steps} and {batch_size}"
+    )

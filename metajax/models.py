@@ -1,0 +1,248 @@
+"""The paper's networks, and adapters for networks of any framework: a model is `(init, apply)`.
+
+Batch normalization always uses the statistics of the batch, in training and in testing, so a model
+has no state besides its parameters, and vmaps freely.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from metajax.convolution import Method, convolution
+from metajax.types import Apply, Params, PRNGKey
+
+Downsample = Literal["stride", "pool"]
+Head = Literal["flatten", "mean"]
+
+
+class Model(NamedTuple):
+  """A network as two pure functions; make one by hand from any pair."""
+
+  init: Callable[[PRNGKey], Params]
+  apply: Apply  # (params, inputs [n, ...]) -> outputs [n, ...]
+
+
+def from_linen(module: nn.Module, example_inputs: Any) -> Model:
+  """A Flax Linen module that has parameters and nothing else.
+
+  Args:
+    module: called with one argument, the inputs.
+    example_inputs: an array (or tree) of the inputs' shape, `[n, ...]`.
+
+  Raises:
+    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics.
+  """
+
+  def init(key: PRNGKey) -> Params:
+    variables = module.init(key, example_inputs)
+    if set(variables) - {"params"}:
+      raise ValueError(
+        f"a model has parameters only, and this one has {sorted(set(variables) - {'params'})}: "
+        "use metajax.models.BatchStatsNorm in place of nn.BatchNorm"
+      )
+    return variables.get("params", {})
+
+  return Model(init, lambda params, inputs: module.apply({"params": params}, inputs))
+
+
+def from_nnx(make: Callable[[Any], Any]) -> Model:
+  """A Flax NNX module.
+
+  Args:
+    make: `nnx.Rngs -> nnx.Module`, called with one argument, the inputs.
+
+  Raises:
+    ValueError: in `init`, if the module has state besides parameters.
+  """
+  from flax import nnx
+
+  def split(key: PRNGKey) -> tuple[Any, Any]:
+    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+    params, rest = states
+    if jax.tree.leaves(nnx.filter_state(rest, nnx.Not(nnx.RngState))):
+      raise ValueError("a model has parameters only: this NNX module keeps other variables too")
+    return graph, (params, rest)
+
+  def init(key: PRNGKey) -> Params:
+    return nnx.to_pure_dict(split(key)[1][0])
+
+  def apply(params: Params, inputs: Any) -> Any:
+    graph, (structure, rest) = split(jax.random.key(0))
+    nnx.replace_by_pure_dict(structure, params)
+    return nnx.merge(graph, structure, rest)(inputs)
+
+  return Model(init, apply)
+
+
+def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
+  """An Equinox module; its call takes one example and is vmapped over the inputs.
+
+  Args:
+    make: `key -> eqx.Module`.
+  """
+  import equinox as eqx
+
+  def init(key: PRNGKey) -> Params:
+    return eqx.filter(make(key), eqx.is_inexact_array)
+
+  def apply(params: Params, inputs: Any) -> Any:
+    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+    static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+    return jax.vmap(eqx.combine(params, static))(inputs)
+
+  return Model(init, apply)
+
+
+class BatchStatsNorm(nn.Module):
+  """Batch normalization by the batch's own mean and biased variance, always.
+
+  Attributes:
+    epsilon: added to the variance; 1e-3 in the paper's code (TensorFlow's default).
+  """
+
+  epsilon: float = 1e-3
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    channels = inputs.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, channels)
+    bias = self.param("bias", nn.initializers.zeros, channels)
+    axes = tuple(range(inputs.ndim - 1))
+    centred = inputs - jnp.mean(inputs, axes)
+    variance = jnp.mean(jnp.square(centred), axes)
+    return centred * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+
+
+class ConvNet(nn.Module):
+  """Four blocks of [conv 3x3; norm; ReLU], each halving the image, and a dense layer.
+
+  Attributes:
+    ways: classes, the outputs.
+    filters: features of every convolution.
+    downsample: `"stride"` (convolutions of stride 2) or `"pool"` (2x2 max-pooling).
+    head: the dense layer sees `"flatten"`, all positions, or `"mean"`, their average.
+    method: of `metajax.convolution`.
+  """
+
+  ways: int
+  filters: int
+  downsample: Downsample = "stride"
+  head: Head = "flatten"
+  method: Method | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 counts as 0..255."""
+    if self.downsample not in ("stride", "pool"):
+      raise ValueError(f"downsample must be 'stride' or 'pool', not {self.downsample!r}")
+    if self.head not in ("flatten", "mean"):
+      raise ValueError(f"head must be 'flatten' or 'mean', not {self.head!r}")
+    pool = self.downsample == "pool"
+    hidden = inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
+    for _ in range(4):
+      hidden = nn.Conv(
+        self.filters,
+        (3, 3),
+        strides=1 if pool else 2,
+        padding="SAME",
+        kernel_init=nn.initializers.glorot_uniform(),
+        conv_general_dilated=convolution(self.method),
+      )(hidden)
+      hidden = BatchStatsNorm()(hidden)
+      hidden = nn.relu(max_pool(hidden) if pool else hidden)
+    if self.head == "mean":
+      hidden = jnp.mean(hidden, axis=(1, 2))
+    hidden = hidden.reshape(hidden.shape[0], -1)
+    return nn.Dense(self.ways, kernel_init=nn.initializers.glorot_uniform())(hidden)
+
+
+class MLP(nn.Module):
+  """A fully connected network, its last layer linear."""
+
+  features: Sequence[int]
+  activation: Callable[[jax.Array], jax.Array] = nn.tanh
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    for width in self.features[:-1]:
+      inputs = self.activation(nn.Dense(width)(inputs))
+    return nn.Dense(self.features[-1])(inputs)
+
+
+def max_pool(inputs: jax.Array) -> jax.Array:
+  """2x2 max-pooling of stride 2, SAME: `[n, h, w, c]` to `[n, ceil(h / 2), ceil(w / 2), c]`.
+
+  As elementwise selections, since the gradient of XLA's window reduction is slow on CPU; it goes to
+  the first of equal entries, as there.
+  """
+  n, height, width, channels = inputs.shape
+  odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+  inputs = jnp.pad(inputs, odd, constant_values=-jnp.inf)
+  inputs = inputs.reshape(n, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+  larger = lambda a, b: jnp.where(a >= b, a, b)
+  top = larger(inputs[:, :, 0, :, 0], inputs[:, :, 0, :, 1])
+  bottom = larger(inputs[:, :, 1, :, 0], inputs[:, :, 1, :, 1])
+  return larger(top, bottom)
+
+
+def omniglot(
+  ways: int,
+  *,
+  filters: int = 64,
+  downsample: Downsample = "stride",
+  head: Head = "flatten",
+  method: Method | None = None,
+) -> Model:
+  """The paper's Omniglot network: 4 x [conv 3x3, 64 filters, stride 2; norm; ReLU], dense.
+
+  Args:
+    ways: classes.
+    filters: 64 in the paper; 113,221 parameters at 5 ways.
+    downsample: `"stride"`, as in the paper, or `"pool"`.
+    head: `"flatten"`, as in the paper, or `"mean"` over positions, as in Finn et al.'s network.
+    method: of `metajax.convolution`.
+
+  Returns:
+    A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
+  """
+  network = ConvNet(_positive(ways=ways), _positive(filters=filters), downsample, head, method)
+  return from_linen(network, jnp.zeros((1, 28, 28, 1)))
+
+
+def mini_imagenet(
+  ways: int,
+  *,
+  filters: int = 32,
+  head: Head = "flatten",
+  method: Method | None = None,
+) -> Model:
+  """The paper's mini-ImageNet network: 4 x [conv 3x3, 32 filters; norm; max-pool 2x2; ReLU], dense.
+
+  Args:
+    ways: classes.
+    filters: 32 in the paper.
+    head: `"flatten"`, as in the paper, or `"mean"` over positions.
+    method: of `metajax.convolution`.
+
+  Returns:
+    A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
+  """
+  network = ConvNet(_positive(ways=ways), _positive(filters=filters), "pool", head, method)
+  return from_linen(network, jnp.zeros((1, 84, 84, 3)))
+
+
+def sine(
+  features: Sequence[int] = (64, 64, 1), activation: Callable[[jax.Array], jax.Array] = nn.tanh
+) -> Model:
+  """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`."""
+  return from_linen(MLP(tuple(features), activation), jnp.zeros((1, 1)))
+
+
+def _positive(**named: int) -> int:
+  ((name, value),) = named.items()
+  if value < 1:
+    raise ValueError(f"{name} must be at least 1, not {value}")
+  return value

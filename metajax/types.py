@@ -1,0 +1,53 @@
+"""The nouns. A task hands the learner a sequence of k losses (Section 5): that is an `Episode`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+# A pytree of float arrays, and the optimizer state that goes with it.
+Params = Any
+InnerState = Any
+PRNGKey = jax.Array
+
+
+class Examples(NamedTuple):
+  """Inputs and targets, trees of arrays that share one leading axis `[n, ...]`."""
+
+  inputs: Any
+  targets: Any
+
+
+class Task(NamedTuple):
+  """One task tau: what the learner adapts on, and what it is judged on."""
+
+  train: Examples
+  test: Examples
+
+
+class Episode(NamedTuple):
+  """L_1 ... L_k: `k - 1` minibatches drawn from a pool, then the tail, the minibatch of L_k.
+
+  The pool may stay in its storage type (`uint8` images): minibatches are gathered when used.
+  """
+
+  pool: Examples  # [n, ...]
+  schedule: jax.Array  # int32 [k - 1, b], rows of the pool
+  tail: Examples  # [m, ...]; m need not equal b
+
+
+LossFn = Callable[[Params, Examples], jax.Array]  # a scalar
+Apply = Callable[[Params, Any], Any]  # (params, inputs [n, ...]) -> outputs [n, ...]
+SampleTask = Callable[[PRNGKey], Task]
+MakeEpisode = Callable[[PRNGKey, Task], Episode]
+SampleEpisodes = Callable[[PRNGKey], Episode]  # every leaf with a leading task axis [T, ...]
+
+
+def num_examples(examples: Examples) -> int:
+  """The length `n` of the leading axis."""
+  return jax.tree.leaves(examples)[0].shape[0]
+
+
+def take(examples: Examples, rows: jax.Array) -> Examples:
+  """The examples in `rows` (int32, any shape `[...]`): leaves `[..., *rest]`."""
+  return jax.tree.map(lambda leaf: leaf[rows], examples)

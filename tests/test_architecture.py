@@ -1,0 +1,95 @@
+"""Imports point down, and a large library is known to one module."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import metajax
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {
+  "types": 0,
+  "convolution": 0,
+  "losses": 1,
+  "inner": 1,
+  "minibatches": 1,
+  "models": 1,
+  "data": 1,
+  "gradients": 2,
+  "evaluation": 2,
+  "parallel": 3,
+  "meta": 3,
+  "checkpoint": 4,
+  "__init__": 5,
+}
+MODULES = {
+  ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+  for path in sorted((ROOT / "metajax").rglob("*.py"))
+}
+
+
+def imports(path):
+  """Everything a file imports, at its top or inside a function, as dotted names."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        full = f"{node.module}.{alias.name}"
+        yield full if full in MODULES or f"{full}.__init__" in MODULES else node.module
+
+
+def floor(module):
+  return FLOORS[module.split(".")[1]]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_point_down(module):
+  for imported in imports(MODULES[module]):
+    if imported.startswith("metajax."):
+      same_package = module.split(".")[1] == imported.split(".")[1] == "data"
+      assert same_package or floor(imported) < floor(module), f"{module} imports {imported}"
+
+
+def test_there_is_no_cycle():
+  names = {name: name.removesuffix(".__init__") for name in MODULES}
+  graph = {
+    names[module]: {found for found in imports(path) if found in names.values()}
+    for module, path in MODULES.items()
+  }
+  graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize(
+  ("library", "homes"),
+  [
+    ("orbax", {"metajax.checkpoint"}),
+    ("flax", {"metajax.models"}),
+    ("equinox", {"metajax.models"}),
+    ("tensorflow_datasets", {"metajax.data.omniglot_builder"}),
+    ("PIL", {"metajax.data.files"}),
+    ("matplotlib", set()),
+    ("absl", set()),
+    ("tqdm", set()),
+  ],
+)
+def test_a_library_has_one_home(library, homes):
+  found = {
+    m for m, path in MODULES.items() if any(i.split(".")[0] == library for i in imports(path))
+  }
+  assert found == homes
+
+
+def test_experiments_and_benchmarks_use_the_public_api():
+  public = {"metajax", "metajax.checkpoint"}
+  for folder in ("experiments", "benchmarks"):
+    for path in (ROOT / folder).rglob("*.py"):
+      found = {name for name in imports(path) if name.split(".")[0] == "metajax"}
+      assert found <= public, f"{path.name} imports {sorted(found - public)}"
+
+
+def test_public_names_exist_and_are_documented():
+  for name in metajax.__all__:
+    assert (getattr(metajax, name).__doc__ or "").strip(), name

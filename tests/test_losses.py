@@ -1,0 +1,40 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metajax import losses
+from metajax.types import Examples
+
+LOGITS = np.array([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]])
+LABELS = np.array([0, 2])
+PER_EXAMPLE = [np.log(np.exp(row).sum()) - row[y] for row, y in zip(LOGITS, LABELS, strict=True)]
+
+
+def evaluate(factory, reduction, outputs, targets):
+  loss = factory(lambda params, inputs: params, reduction=reduction)
+  return loss(jnp.asarray(outputs), Examples(None, jnp.asarray(targets)))
+
+
+@pytest.mark.parametrize(("reduction", "reduce"), [("sum", np.sum), ("mean", np.mean)])
+def test_reductions(reduction, reduce):
+  np.testing.assert_allclose(
+    evaluate(losses.cross_entropy, reduction, LOGITS, LABELS), reduce(PER_EXAMPLE), rtol=1e-6
+  )
+  outputs, targets = np.array([[1.0, 2.0], [0.0, 3.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
+  np.testing.assert_allclose(
+    evaluate(losses.squared_error, reduction, outputs, targets), reduce([5.0, 5.0]), rtol=1e-6
+  )
+
+
+def test_accuracy():
+  assert losses.accuracy(jnp.asarray(LOGITS), jnp.asarray(LABELS)) == 0.5
+
+
+def test_the_reduction_must_be_named():
+  with pytest.raises(ValueError, match="'sum' or 'mean', not 'average'"):
+    losses.cross_entropy(lambda params, inputs: params, reduction="average")
+
+
+def test_squared_error_does_not_broadcast():
+  with pytest.raises(ValueError, match="must have one shape"):
+    evaluate(losses.squared_error, "sum", np.zeros((3, 1)), np.zeros(3))

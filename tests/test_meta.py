@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metajax
+from tests import problems
+
+LOSS = problems.softmax_loss()
+KEY = jax.random.key(3)
+
+
+def make(outer=None, calls=None):
+  def loss(params, batch):
+    if calls is not None:
+      calls.append(None)
+    return LOSS(params, batch)
+
+  gradient = metajax.batched(metajax.reptile(loss, optax.adam(0.02, b1=0.0)), 4)
+  learner = metajax.meta_learner(gradient, outer or optax.sgd(optax.linear_schedule(1.0, 0.0, 10)))
+  classes = metajax.data.few_shot.from_arrays(
+    np.random.default_rng(0).normal(size=(40, problems.FEATURES)).astype(np.float32),
+    np.repeat(np.arange(5), 8),
+  )
+  sample_task = metajax.data.few_shot.sample_task(
+    classes, ways=problems.CLASSES, train_shots=4, test_shots=0
+  )
+  make_episode = metajax.shared_tail(metajax.cycling(3, 5))
+  return learner, metajax.sample_episodes(sample_task, make_episode, 4)
+
+
+def test_five_steps_are_two_and_then_three():
+  learner, sample = make()
+  start = learner.init(problems.weights())
+  whole, infos = jax.jit(metajax.run(learner, sample, 5))(start, KEY)
+  part, first = jax.jit(metajax.run(learner, sample, 2))(start, KEY)
+  part, second = jax.jit(metajax.run(learner, sample, 3))(part, KEY)
+  jax.tree.map(np.testing.assert_array_equal, part, whole)
+  np.testing.assert_array_equal(np.concatenate([first.losses, second.losses]), infos.losses)
+  assert whole.step == 5 and infos.losses.shape == (5, 3)
+
+
+def test_run_is_a_loop_over_steps():
+  learner, sample = make()
+  state = start = learner.init(problems.weights())
+  one = jax.jit(lambda state, key: learner.step(state, sample(key)))
+  for step in range(4):
+    state, _ = one(state, jax.random.fold_in(KEY, step))
+  scanned, _ = jax.jit(metajax.run(learner, sample, 4))(start, KEY)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), scanned, state)
+
+
+def test_the_outer_step_falls_linearly_from_the_first_iteration():
+  """Trap: step i of n has (1 - i / n) initial + (i / n) final, i = 0 ... n - 1."""
+  learner, sample = make(optax.sgd(optax.linear_schedule(0.8, 0.2, 4)))
+  state = learner.init(problems.weights())
+  for i in range(4):
+    episodes = sample(jax.random.fold_in(KEY, i))
+    gradient, _, _ = metajax.batched(metajax.reptile(LOSS, optax.adam(0.02, b1=0.0)), 4).estimate(
+      state.params, state.inner, episodes
+    )
+    moved, _ = learner.step(state, episodes)
+    rate = (1 - i / 4) * 0.8 + i / 4 * 0.2
+    np.testing.assert_allclose(moved.params, state.params - rate * gradient, rtol=1e-5)
+    state = moved
+
+
+def test_reptile_moves_towards_the_adapted_parameters():
+  """Algorithm 1: phi <- phi + epsilon (phi~ - phi), averaged over tasks (Equation 5)."""
+  inner = optax.sgd(0.1)
+  gradient = metajax.batched(metajax.reptile(LOSS, inner), 3)
+  learner = metajax.meta_learner(gradient, optax.sgd(0.25))
+  params, episodes = problems.weights(), problems.episodes(range(3), k=2)
+  state, _ = learner.step(learner.init(params), episodes)
+  adapted = []
+  for seed in range(3):
+    phi = params
+    for inputs, labels in problems.batches(problems.episode(seed, k=2)):
+      phi = phi - 0.1 * jax.grad(LOSS)(
+        phi, metajax.Examples(jnp.asarray(inputs), jnp.asarray(labels))
+      )
+    adapted.append(phi)
+  np.testing.assert_allclose(state.params, params + 0.25 * (sum(adapted) / 3 - params), rtol=1e-5)
+
+
+def test_a_run_is_traced_once():
+  calls = []
+  learner, sample = make(calls=calls)
+  run = jax.jit(metajax.run(learner, sample, 3))
+  state, _ = run(learner.init(problems.weights()), KEY)
+  traced = len(calls)
+  for seed in range(3):
+    state, _ = run(state, jax.random.key(seed))
+  assert len(calls) == traced <= 3
+
+
+def test_nothing_crosses_to_the_host_inside_a_run():
+  learner, sample = make()
+  state, key = jax.device_put((learner.init(problems.weights()), KEY))
+  program = jax.jit(metajax.run(learner, sample, 3)).lower(state, key).compile()
+  with jax.transfer_guard("disallow"):
+    state, infos = program(state, key)
+    jax.block_until_ready(infos)
+  assert "callback" not in program.as_text()
+
+
+def test_run_refuses_no_steps():
+  with pytest.raises(ValueError, match="num_steps must be at least 1"):
+    metajax.run(*make(), 0)

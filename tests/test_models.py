@@ -1,0 +1,198 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import metajax
+from metajax import models
+from metajax.convolution import convolution
+
+KEY = jax.random.key(0)
+
+
+def size(model):
+  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, KEY)))
+
+
+def test_parameter_counts():
+  assert size(models.omniglot(5)) == 113_221
+  assert size(models.omniglot(20)) == 113_221 + 15 * 257
+  # Four blocks of kernel, bias, scale and offset, at 32 filters; then 6 x 6 x 32 = 1152 features.
+  assert size(models.mini_imagenet(5)) == 27 * 32 + 3 * 288 * 32 + 4 * 3 * 32 + 1152 * 5 + 5
+  assert size(models.sine()) == 64 * 2 + 64 * 65 + 65
+
+
+CONVOLUTIONS = [
+  # size, stride, padding, channels
+  ((28, 28), (2, 2), "SAME", 1),
+  ((7, 7), (2, 2), "SAME", 6),
+  ((4, 4), (2, 2), "SAME", 6),
+  ((21, 11), (1, 1), "SAME", 3),
+  ((9, 8), (2, 1), "VALID", 2),
+  ((6, 6), (1, 1), [(2, 0), (1, 1)], 2),
+]
+
+
+@pytest.mark.parametrize(("image", "strides", "padding", "channels"), CONVOLUTIONS)
+def test_patches_are_convolution(x64, image, strides, padding, channels):
+  """Values and both gradients."""
+  rng = np.random.default_rng(0)
+  inputs = jnp.asarray(rng.normal(size=(2, *image, channels)))
+  kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 5)))
+  layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+  weigh = None
+  results = []
+  for method in ("patches", "xla"):
+    convolve = lambda x, w, method=method: convolution(method)(x, w, strides, padding, **layout)
+    outputs, pull_back = jax.vjp(convolve, inputs, kernel)
+    weigh = jnp.asarray(rng.normal(size=outputs.shape)) if weigh is None else weigh
+    results.append((outputs, *pull_back(weigh)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
+
+
+def test_both_convolutions_share_parameters_and_results():
+  images = jax.random.uniform(KEY, (3, 28, 28, 1))
+  patches, xla = (models.omniglot(5, filters=8, method=method) for method in ("patches", "xla"))
+  params = jax.jit(patches.init)(KEY)
+  jax.tree.map(np.testing.assert_array_equal, params, jax.jit(xla.init)(KEY))
+  np.testing.assert_allclose(
+    jax.jit(patches.apply)(params, images),
+    jax.jit(xla.apply)(params, images),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  assert set(params["Conv_0"]) == {"kernel", "bias"}
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"rhs_dilation": (2, 2)},
+    {"feature_group_count": 2},
+    {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+  ],
+)
+def test_patches_refuse_what_they_do_not_do(options):
+  options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+  with pytest.raises(ValueError, match="patches"):
+    convolution("patches")(
+      jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 2, 2)), (1, 1), "SAME", **options
+    )
+
+
+def test_convolution_refuses_another_method():
+  with pytest.raises(ValueError, match="'patches' or 'xla', not 'fast'"):
+    convolution("fast")
+
+
+@pytest.mark.parametrize("height", [6, 7])
+def test_max_pool_and_its_gradient_are_flax_s(height):
+  """With ties, too, as a ReLU or a constant background makes them."""
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.integers(0, 3, (2, height, 5, 3)), jnp.float32)
+  ours, pull_ours = jax.vjp(models.max_pool, images)
+  theirs, pull_theirs = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2), "SAME"), images)
+  np.testing.assert_array_equal(ours, theirs)
+  weigh = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
+  np.testing.assert_array_equal(pull_ours(weigh)[0], pull_theirs(weigh)[0])
+
+
+def test_batch_statistics_are_those_of_the_batch():
+  inputs = 3.0 + 2.0 * jax.random.normal(KEY, (50, 4, 4, 2))
+  norm = models.BatchStatsNorm()
+  outputs = norm.apply(norm.init(KEY, inputs), inputs)
+  array = np.asarray(inputs, np.float64)
+  mean, variance = array.mean(axis=(0, 1, 2)), array.var(axis=(0, 1, 2))
+  np.testing.assert_allclose(
+    outputs, (array - mean) / np.sqrt(variance + 1e-3), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_bytes_count_as_0_to_255():
+  model = models.mini_imagenet(5, filters=4)
+  params = jax.jit(model.init)(KEY)
+  images = np.random.default_rng(0).integers(0, 256, (2, 84, 84, 3), np.uint8)
+  apply = jax.jit(model.apply)
+  np.testing.assert_allclose(
+    apply(params, jnp.asarray(images)),
+    apply(params, jnp.asarray(images / 255, jnp.float32)),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+class WithState(nn.Module):
+  @nn.compact
+  def __call__(self, inputs):
+    return nn.BatchNorm(use_running_average=False)(nn.Dense(2)(inputs))
+
+
+def test_linen_modules_with_state_are_refused():
+  with pytest.raises(ValueError, match=r"use metajax.models.BatchStatsNorm"):
+    models.from_linen(WithState(), jnp.ones((3, 4))).init(KEY)
+
+
+def trains(model, inputs):
+  """A meta-step runs, and changes every parameter."""
+  loss = metajax.losses.squared_error(model.apply, reduction="mean")
+  gradient = metajax.serial(metajax.maml(loss, optax.sgd(0.1)))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1))
+  params = model.init(KEY)
+  targets = jnp.ones_like(model.apply(params, inputs))
+  pool = metajax.Examples(inputs, targets)
+  episode = metajax.Episode(pool, jnp.zeros((2, 3), jnp.int32), pool)
+  episodes = jax.tree.map(lambda leaf: leaf[None], episode)
+  state, info = jax.jit(learner.step)(learner.init(params), episodes)
+  assert np.isfinite(info.losses).all()
+  changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, params)
+  assert all(jax.tree.leaves(changed)) and jax.tree.leaves(changed)
+
+
+def test_nnx_modules():
+  class Network(nnx.Module):
+    def __init__(self, rngs):
+      self.hidden, self.out = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, inputs):
+      return self.out(jnp.tanh(self.hidden(inputs)))
+
+  model = models.from_nnx(Network)
+  inputs = jax.random.normal(KEY, (5, 4))
+  params = model.init(KEY)
+  by_hand = jnp.tanh(inputs @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+  by_hand = by_hand @ params["out"]["kernel"] + params["out"]["bias"]
+  np.testing.assert_allclose(model.apply(params, inputs), by_hand, rtol=1e-4, atol=1e-6)
+  trains(model, inputs)
+
+
+def test_nnx_modules_with_state_are_refused():
+  with pytest.raises(ValueError, match="other variables"):
+    models.from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs)).init(KEY)
+
+
+def test_equinox_modules():
+  eqx = pytest.importorskip("equinox")
+  model = models.from_equinox(lambda key: eqx.nn.MLP(4, 2, 8, 1, key=key))
+  inputs = jax.random.normal(KEY, (5, 4))
+  np.testing.assert_allclose(
+    model.apply(model.init(KEY), inputs),
+    jax.vmap(eqx.nn.MLP(4, 2, 8, 1, key=KEY))(inputs),
+    rtol=1e-6,
+  )
+  trains(model, inputs)
+
+
+def test_plain_functions():
+  model = models.Model(
+    lambda key: {"w": jax.random.normal(key, (4, 2))}, lambda params, x: x @ params["w"]
+  )
+  trains(model, jax.random.normal(KEY, (5, 4)))
+
+
+@pytest.mark.parametrize("network", [models.omniglot, models.mini_imagenet])
+def test_networks_refuse_no_classes(network):
+  with pytest.raises(ValueError, match="ways must be at least 1"):
+    network(0)

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metajax
+from tests import problems
+
+LOSS = problems.softmax_loss()
+ADAM = optax.adam(0.02, b1=0.0)
+PARAMS = problems.weights()
+T = 5
+
+
+def estimates(meta_gradient, rounds=2):
+  """The gradients of several meta-steps, with the inner state carried, and the last state."""
+  state, gradients = meta_gradient.init(PARAMS), []
+  estimate = jax.jit(meta_gradient.estimate)
+  for seed in range(rounds):
+    episodes = problems.episodes(range(10 * seed, 10 * seed + T), k=3)
+    gradient, state, info = estimate(PARAMS, state, episodes)
+    assert info.losses.shape == (3,)
+    gradients.append(gradient)
+  return np.stack(gradients), state
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_are_vmap(chunk):
+  whole, state = estimates(metajax.batched(metajax.reptile(LOSS, ADAM), T))
+  chunked, chunked_state = estimates(metajax.batched(metajax.reptile(LOSS, ADAM), T, chunk=chunk))
+  np.testing.assert_allclose(chunked, whole, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), chunked_state, state)
+
+
+@pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
+def test_without_state_serial_is_vmap(algorithm):
+  one = metajax.stateless(
+    getattr(metajax, algorithm)(LOSS, optax.adam(0.02, b1=0.0, eps_root=1e-8))
+  )
+  together, _ = estimates(metajax.batched(one, T))
+  in_turn, state = estimates(metajax.serial(one))
+  np.testing.assert_allclose(in_turn, together, rtol=1e-5)
+  assert state == ()
+
+
+def test_batched_keeps_an_inner_state_a_slot():
+  one = metajax.reptile(LOSS, ADAM)
+  _, state = estimates(metajax.batched(one, T))
+  np.testing.assert_array_equal(state[0].count, np.full(T, 2 * 3))
+  for slot in range(T):
+    alone = one.init(PARAMS)
+    for seed in range(2):
+      _, alone, _ = one.estimate(PARAMS, alone, problems.episode(10 * seed + slot, k=3))
+    np.testing.assert_allclose(state[0].nu[slot], alone[0].nu, rtol=1e-5)
+  first = metajax.first_slot(state)
+  np.testing.assert_array_equal(first[0].nu, state[0].nu[0])
+
+
+def test_serial_hands_one_inner_state_along():
+  one = metajax.reptile(LOSS, ADAM)
+  gradients, state = estimates(metajax.serial(one))
+  assert state[0].count == 2 * T * 3
+  alone, expected = one.init(PARAMS), []
+  for seed in range(2):
+    total = 0
+    for task in range(T):
+      gradient, alone, _ = one.estimate(PARAMS, alone, problems.episode(10 * seed + task, k=3))
+      total += gradient
+    expected.append(total / T)
+  np.testing.assert_allclose(gradients, expected, rtol=1e-5)
+  np.testing.assert_allclose(state[0].nu, alone[0].nu, rtol=1e-5)
+
+
+def test_a_tasks_key_does_not_depend_on_the_number_of_tasks():
+  few_shot = metajax.data.few_shot
+  classes = few_shot.from_arrays(np.arange(60.0)[:, None], np.repeat(np.arange(6), 10))
+  sample_task = few_shot.sample_task(classes, ways=3, train_shots=4, test_shots=2)
+  make_episode = metajax.separate_tail(metajax.cycling(3, 4))
+  two, five = (
+    jax.jit(metajax.sample_episodes(sample_task, make_episode, n))(jax.random.key(0))
+    for n in (2, 5)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:2]), two, five)
+  assert not np.array_equal(five.tail.inputs[0], five.tail.inputs[1])
+
+
+@pytest.mark.parametrize(("num_tasks", "chunk"), [(0, None), (4, 5), (4, 0)])
+def test_batched_refuses_sizes_that_do_not_fit(num_tasks, chunk):
+  with pytest.raises(ValueError, match="must be"):
+    metajax.batched(metajax.reptile(LOSS, ADAM), num_tasks, chunk=chunk)
+
+
+def test_batched_refuses_another_number_of_episodes():
+  meta_gradient = metajax.batched(metajax.reptile(LOSS, ADAM), T)
+  with pytest.raises(AssertionError):
+    meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(3), k=3))
+
+
+def test_gradients_are_means_over_tasks():
+  one = metajax.stateless(metajax.fomaml(LOSS, ADAM))
+  together, _ = estimates(metajax.batched(one, T), rounds=1)
+  alone = [one.estimate(PARAMS, (), problems.episode(seed, k=3))[0] for seed in range(T)]
+  np.testing.assert_allclose(together[0], jnp.mean(jnp.stack(alone), axis=0), rtol=1e-5)
