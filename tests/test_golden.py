@@ -1,9 +1,9 @@
 """The authors' TensorFlow 1 code, traced on real Omniglot images, replayed through the public API.
 
-Each recorded outer step starts from the recorded state. Batch normalization cancels the convolutions'
+Each outer step starts from the recorded state. Batch normalization cancels the convolutions'
 biases, so they are left out: their gradients are rounding noise, which Adam blows up. On some steps
-a ReLU sits at a tie on the constant background and tips over for all of it, so of the steps of a
-case the best must agree closely, and all in direction.
+a ReLU sits at a tie on the constant background and tips over for all of it: so of the steps of a
+case the best must agree closely, and all of them in direction.
 """
 
 import jax
