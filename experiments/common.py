@@ -114,7 +114,7 @@ def train(
   eval_every: int,
   evaluate: Callable[[metajax.MetaState], Record],
   folder: RunFolder,
-  steps_per_call: int = 25,
+  steps_per_call: int,
 ) -> tuple[metajax.MetaState, float]:
   """Trains to `meta_steps` from what the folder holds; judges and saves every `eval_every`.
 

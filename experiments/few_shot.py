@@ -63,6 +63,8 @@ _FLAGS = (
     "Clip every entry of the outer gradient to [-outer_clip, outer_clip]."),
   flags.DEFINE_integer("meta_batch", 5, "T, the tasks of a meta-step."),
   flags.DEFINE_integer("meta_steps", 600, "Outer iterations."),
+  flags.DEFINE_integer("steps_per_call", 25,
+    "Meta-steps in one call of the compiled loop: between two updates of the progress bar."),
   flags.DEFINE_enum("execution", "vmap", ["vmap", "serial", "chunked"],
     "A meta-batch at once, one task after another with one inner state, or --chunk at a time."),
   flags.DEFINE_integer("chunk", 1, "Tasks at once with --execution=chunked."),
@@ -96,6 +98,7 @@ _AT_LEAST_ONE = (
   "eval_steps",
   "eval_queries",
   "eval_every",
+  "steps_per_call",
   "tail_shots",
 )
 
@@ -304,6 +307,7 @@ def run(
     train_key,
     meta_steps=settings.meta_steps,
     eval_every=settings.eval_every,
+    steps_per_call=settings.steps_per_call,
     evaluate=lambda state: {
       split: judge(state, curve_key, split, settings.curve_tasks) for split in experiment.judges
     },

@@ -78,6 +78,8 @@ def _with_rotations(drawings: np.ndarray) -> Classes:
 
 def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarray]:
   """The drawings of the two splits, uint8 `[characters, 20, 28, 28]`."""
+  import tensorflow_datasets as tfds  # slow to import, so only by those who need it
+
   from metajax.data.omniglot_builder import MetajaxOmniglot
 
   if data_dir is None:
@@ -107,7 +109,12 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
       f"Omniglot could not be downloaded ({reason}): get images_background.zip and "
       f"images_evaluation.zip from {URL} and give their folder as data_dir"
     ) from error
-  return [_shrink(builder.as_data_source(split=split), split, home) for split in ARCHIVES]
+  # Decoders differ in what they make of 1-bit images, so TFDS hands over the files as they are.
+  decoders = {"image": tfds.decode.SkipDecoding()}
+  return [
+    _shrink(builder.as_data_source(split=split, decoders=decoders), split, home)
+    for split in ARCHIVES
+  ]
 
 
 def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,7 +127,7 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
       raise DataError(
         f"{path} holds {inside}, not SET/ALPHABET/characterNN/####_##.png: download {URL}{name}"
       )
-    decode_image(content, f"{inside} in {path}", size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
+    _decode(content, f"{inside} in {path}")
     label = inside.stem.split("_")[0]
     drawings[label] = drawings.get(label, 0) + 1
     records.append(
@@ -134,6 +141,10 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
   yield from records
 
 
+def _decode(content: bytes, name: object) -> np.ndarray:
+  return decode_image(content, name, size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
+
+
 def _shrink(source: Any, split: str, cache: Path) -> np.ndarray:
   """28x28 by nearest neighbour, as in the paper's code, by character: uint8 `[c, 20, 28, 28]`."""
   pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
@@ -141,8 +152,7 @@ def _shrink(source: Any, split: str, cache: Path) -> np.ndarray:
   images = np.empty((len(source), _SIZE, _SIZE), np.uint8)
   for row, example in enumerate(source):
     labels[row] = example["label"]
-    # A 1-bit image is decoded to 0 and 1 or to 0 and 255, by whichever decoder is installed.
-    images[row] = np.where(example["image"][np.ix_(pixels, pixels)][..., 0], 255, 0)
+    images[row] = _decode(example["image"], row)[np.ix_(pixels, pixels)]
   characters = ARCHIVES[split][1]
   if len(labels) != characters * DRAWINGS:
     raise DataError(
