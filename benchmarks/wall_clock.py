@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 
 import metajax
 
@@ -169,6 +169,8 @@ def matrix_multiplications() -> dict[int, Callable[[], jax.Array]]:
 
 def main(argv: list[str]) -> None:
   del argv
+  if not FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
   cases = [
     Case(algorithm, model, int(k), int(tasks), execution, convolution)
     for algorithm, model, k, tasks, execution, convolution in itertools.product(

@@ -76,7 +76,7 @@ _FLAGS = (
   flags.DEFINE_integer("eval_batch", 5, "Examples of a minibatch when judged."),
   flags.DEFINE_integer("eval_steps", 50, "Inner steps when judged."),
   flags.DEFINE_integer("eval_queries", 1, "Test examples of each class when judged."),
-  flags.DEFINE_integer("eval_tasks", 500, "Test tasks of the final result."),
+  flags.DEFINE_integer("eval_tasks", 300, "Test tasks of the final result."),
   flags.DEFINE_integer("eval_every", 200,
     "Meta-steps between points of the learning curve; the state is saved at each."),
   flags.DEFINE_integer("curve_tasks", 50, "Train and test tasks of each point."),

@@ -83,11 +83,13 @@ def patches(
     for row in range(rows)
     for column in range(columns)
   ]
-  return jnp.matmul(
-    jnp.concatenate(shifted, axis=-1),
-    kernel.reshape(rows * columns * channels, features),
+  # Two axes rather than four: on CPU the products of the backward pass are half as fast again.
+  outputs = jnp.matmul(
+    jnp.concatenate(shifted, axis=-1).reshape(-1, rows * columns * channels),
+    kernel.reshape(-1, features),
     precision=options.get("precision"),
   )
+  return outputs.reshape(n, out_height, out_width, features)
 
 
 _METHODS: dict[str, Convolve] = {"patches": patches, "xla": lax.conv_general_dilated}

@@ -78,13 +78,13 @@ def _character(key: PRNGKey) -> tuple[jax.Array, jax.Array]:
 def _drawing(key: PRNGKey, strokes: jax.Array, drawn: jax.Array) -> jax.Array:
   """One drawing of a character, uint8 `[28, 28, 1]`; lengths are fractions of the frame."""
   wobble_key, shape_key, place_key, pen_key = jax.random.split(key, 4)
-  strokes = strokes + 0.035 * jax.random.normal(wobble_key, strokes.shape)
+  strokes = strokes + 0.04 * jax.random.normal(wobble_key, strokes.shape)
   tilt, stretch_x, stretch_y, shear = jax.random.normal(shape_key, (4,)) * jnp.array(
-    [0.16, 0.1, 0.1, 0.14]
+    [0.19, 0.12, 0.12, 0.16]
   )
   rotation = jnp.array([[jnp.cos(tilt), -jnp.sin(tilt)], [jnp.sin(tilt), jnp.cos(tilt)]])
   scale = jnp.array([[1 + stretch_x, shear], [0.0, 1 + stretch_y]])
-  shift = 0.5 + 0.04 * jax.random.normal(place_key, (2,))
+  shift = 0.5 + 0.05 * jax.random.normal(place_key, (2,))
   strokes = (strokes - 0.5) @ (rotation @ scale).T + shift
 
   t = jnp.linspace(0.0, 1.0, _POINTS_PER_STROKE)[:, None]
