@@ -44,6 +44,23 @@ flags.DEFINE_string("out", None, "File to append JSON lines to.")
 FLAGS = flags.FLAGS
 
 
+def _one_of(name: str, choices: tuple[str, ...]) -> None:
+  message = f"must be any of {', '.join(choices)}, separated by commas"
+  flags.register_validator(name, lambda given: bool(given) and set(given) <= {*choices}, message)
+
+
+_one_of("algorithms", _ALGORITHMS)
+_one_of("model", _MODELS)
+_one_of("execution", ("vmap", "chunked", "serial"))
+_one_of("convolution", ("patches", "xla"))
+for _name in ("inner_steps", "meta_batch"):
+  flags.register_validator(
+    _name,
+    lambda given: bool(given) and all(n.isdigit() and int(n) > 0 for n in given),
+    "must be whole numbers from 1, separated by commas",
+  )
+
+
 class Case(NamedTuple):
   """One row of the table."""
 

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from tqdm import tqdm
 
 import metajax
 from metajax.checkpoint import checkpoints
+
+# A data set that a program closes over becomes an argument of it, not a constant copied into it.
+jax.config.update("jax_use_simplified_jaxpr_constants", True)
 
 PROTOCOLS = ("transductive", "inductive")
 TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
@@ -51,22 +55,31 @@ class RunFolder:
     self._flags = self.path / "flags.txt"
     self._lines = [f"--{name}={value}" for name, value in sorted(flags.items())]
     if self._flags.is_file():
-      before = self._flags.read_text().splitlines()
-      changed = sorted(set(self._lines) ^ set(before), key=lambda line: line.split("=")[0])
-      if changed:
-        raise ValueError(
-          f"{self.path} holds a run with other flags ({' '.join(changed)}): "
-          "give the same flags to go on with it, or another --out"
-        )
+      self._compare([line for line in self._before() if line.startswith("--")])
 
-  def begin(self) -> None:
-    """Makes the folder and writes flags.txt.
+  def _before(self) -> list[str]:
+    return self._flags.read_text().splitlines()
+
+  def _compare(self, before: list[str]) -> None:
+    then = " ".join(line for line in before if line not in self._lines)
+    now = " ".join(line for line in self._lines if line not in before)
+    if then or now:
+      raise ValueError(
+        f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "
+        "go on with the same flags and data, or choose another --out"
+      )
+
+  def begin(self, data: str) -> None:
+    """Makes the folder and writes flags.txt, with a comment that says which data these are.
 
     Raises:
-      ValueError: if that cannot be done.
+      ValueError: if that cannot be done, or the run was begun on other data.
     """
+    self._lines.append(f"# {data}")
     try:
       self.path.mkdir(parents=True, exist_ok=True)
+      if self._flags.is_file():
+        self._compare(self._before())
       replace_file(self._flags, "\n".join(self._lines) + "\n")
     except OSError as error:
       raise ValueError(
@@ -100,8 +113,22 @@ class RunFolder:
 def replace_file(path: Path, text: str) -> None:
   """Writes a file whole, or leaves the one before as it was."""
   beside = path.with_name(path.name + ".partial")
-  beside.write_text(text)
+  with beside.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
   beside.replace(path)
+
+
+def describe(splits: metajax.data.Splits) -> str:
+  """One line that tells data sets apart: classes, examples and a checksum of each split."""
+  parts = []
+  for name, classes in splits._asdict().items():
+    if classes is not None:
+      inputs, sizes = np.asarray(classes.inputs), np.asarray(classes.sizes)
+      checksum = zlib.crc32(inputs.tobytes(), zlib.crc32(sizes.tobytes()))
+      parts.append(f"{name}: {len(sizes)} classes, {len(inputs)} examples, crc32 {checksum:08x}")
+  return "; ".join(parts)
 
 
 def train(
@@ -133,7 +160,7 @@ def train(
 
   programs: dict[int, Callable[..., Any]] = {}  # by number of steps
   if not records:
-    record = {"step": 0, "seconds": 0.0, **evaluate(state)}
+    record = {"step": step, "seconds": 0.0, **evaluate(state)}
     folder.append(record)
     print(_summary(record), flush=True)
   with tqdm(

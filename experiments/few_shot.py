@@ -34,7 +34,7 @@ _FLAGS = (
   flags.DEFINE_enum("omniglot_protocol", "pooled", ["pooled", "alphabets"],
     "The paper's random 1200 / 423 characters, or the background / evaluation alphabets."),
   flags.DEFINE_enum("algorithm", "reptile", ["reptile", "fomaml", "maml", "joint"],
-    "joint is the baseline: Reptile with one inner step, so SGD on the mean loss of all tasks."),
+    "joint is the baseline: Reptile with one inner step (for SGD, joint training on all tasks)."),
   flags.DEFINE_integer("ways", 5, "Classes of a task."),
   flags.DEFINE_integer("shots", 5, "Examples of each class to adapt on when judged."),
   flags.DEFINE_integer("train_shots", 10,
@@ -86,7 +86,6 @@ _FLAGS = (
 # fmt: on
 
 _AT_LEAST_ONE = (
-  "ways",
   "shots",
   "train_shots",
   "inner_batch",
@@ -121,6 +120,8 @@ def check(settings: SimpleNamespace) -> None:
   for name in ("eval_tasks", "curve_tasks", "ways"):
     if getattr(settings, name) < 2:
       raise ValueError(f"--{name}={getattr(settings, name)} must be at least 2")
+  if not 0 <= settings.seed < 2**32:
+    raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
   for name in ("inner_rate", "outer_rate", "outer_clip"):
     value = getattr(settings, name)
     if value is not None and not 0 < value < float("inf"):
@@ -281,8 +282,9 @@ def prepare(settings: SimpleNamespace) -> tuple[Experiment, common.RunFolder]:
   given = {name: value for name, value in vars(settings).items() if value is not None}
   given.pop("out", None)
   folder = common.RunFolder(out, given)
-  experiment = build(settings, load(settings))
-  folder.begin()
+  splits = load(settings)
+  experiment = build(settings, splits)
+  folder.begin(common.describe(splits))
   return experiment, folder
 
 
@@ -352,7 +354,7 @@ def main(argv: list[str]) -> None:
   settings = SimpleNamespace(**{flag.name: flag.value for flag in _FLAGS})
   try:
     experiment, folder = prepare(settings)
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     sys.exit(f"few_shot: {error}")
   run(settings, experiment, folder)
 

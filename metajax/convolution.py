@@ -5,7 +5,6 @@ own kernel (it becomes a grouped convolution). As shifted slices and one matrix 
 same work runs several times faster there; `benchmarks/README.md` has the figures.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -53,8 +52,8 @@ def patches(
     kernel: `[kernel_height, kernel_width, channels, features]`.
     window_strides: of height and width.
     padding: `"SAME"`, `"VALID"` or `[(low, high), (low, high)]`.
-    **options: the other arguments of `conv_general_dilated`; `precision` is used, and what cannot
-      be honoured (dilation, groups, another layout) is refused.
+    **options: the other arguments of `conv_general_dilated`; what cannot be honoured (dilation,
+      groups, another layout) is refused.
 
   Returns:
     `[n, out_height, out_width, features]`.
@@ -88,6 +87,7 @@ def patches(
     jnp.concatenate(shifted, axis=-1).reshape(-1, rows * columns * channels),
     kernel.reshape(-1, features),
     precision=options.get("precision"),
+    preferred_element_type=options.get("preferred_element_type"),
   )
   return outputs.reshape(n, out_height, out_width, features)
 
@@ -96,7 +96,6 @@ _METHODS: dict[str, Convolve] = {"patches": patches, "xla": lax.conv_general_dil
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
-  inspect.signature(lax.conv_general_dilated).bind(None, None, None, None, **options)
   dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
   groups = options.get("feature_group_count", 1) * options.get("batch_group_count", 1)
   layout = options.get("dimension_numbers")

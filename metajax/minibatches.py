@@ -88,7 +88,8 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
     `(key, task) -> Episode`; it consumes the key.
 
   Raises:
-    ValueError: when an episode is made, if `k = 1`, which leaves no step before the tail.
+    ValueError: when an episode is made, if `k = 1`, which leaves no step before the tail, or the
+      task has no test examples.
   """
 
   def make_episode(key: PRNGKey, task: Task) -> Episode:
@@ -97,6 +98,10 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
       raise ValueError(
         "a separate tail is the last of the k minibatches, so k = 1 leaves none to adapt on: "
         "use num_steps >= 2, or shared_tail"
+      )
+    if num_examples(task.test) == 0:
+      raise ValueError(
+        "a separate tail is the task's test examples, and it has none: raise test_shots"
       )
     return Episode(task.train, rows[:-1], task.test)
 

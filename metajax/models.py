@@ -82,11 +82,17 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
 
   Args:
     make: `key -> eqx.Module`.
+
+  Raises:
+    ValueError: in `init`, if the module has arrays that are not floating point.
   """
   import equinox as eqx
 
   def init(key: PRNGKey) -> Params:
-    return eqx.filter(make(key), eqx.is_inexact_array)
+    params, rest = eqx.partition(make(key), eqx.is_inexact_array)
+    if any(map(eqx.is_array, jax.tree.leaves(rest))):
+      raise ValueError("a model has parameters only: this Equinox module has integer arrays too")
+    return params
 
   def apply(params: Params, inputs: Any) -> Any:
     shapes = eqx.filter_eval_shape(make, jax.random.key(0))

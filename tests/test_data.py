@@ -1,4 +1,5 @@
 import functools
+import gzip
 import http.server
 import io
 import tarfile
@@ -386,6 +387,7 @@ def test_mini_imagenet_from_class_folders(mini, tmp_path):
     ({"train/a.jpg": jpeg(np.random.default_rng(0))}, "not CLASS/IMAGE"),
     ({"train/n02/n0200000000.jpg": jpeg(np.random.default_rng(0))}, "a second time"),
     ({"train/n01/a.jpg": b"0" * (files._MAX_FILE_BYTES + 1)}, "over 16 MiB"),
+    ({"train/n09/a.jpg": jpeg(np.random.default_rng(0))}, "class n09 is in train and in test"),
   ],
 )
 def test_broken_mini_imagenet_archives(mini, tmp_path, spoil, message):
@@ -393,7 +395,7 @@ def test_broken_mini_imagenet_archives(mini, tmp_path, spoil, message):
   with pytest.raises(DataError, match=message) as error:
     mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
   assert "\n" not in str(error.value)
-  assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left
+  assert not list((tmp_path / "cache").glob("*"))  # nothing half-made is left
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
@@ -409,6 +411,29 @@ def test_a_flipped_bit_in_a_tar(mini, tmp_path):
   content[-6] ^= 1  # of gzip's checksum, which only the end of the stream tells
   (mini / "train.tar.gz").write_bytes(content)
   with pytest.raises(DataError, match="truncated or damaged"):
+    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "flipped in a header"])
+def test_a_tar_cut_inside_a_sound_gzip(mini, tmp_path, damage):
+  content = bytearray(gzip.decompress((mini / "train.tar.gz").read_bytes()))
+  with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+    header = archive.getmembers()[2].offset
+  if damage == "flipped in a header":
+    content[header] ^= 1
+  else:
+    del content[header + (100 if damage == "cut in a header" else 0) :]
+  (mini / "train.tar.gz").write_bytes(gzip.compress(content))
+  with pytest.raises(DataError, match=r"train\.tar\.gz is truncated or damaged"):
+    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
+
+
+def test_links_in_a_tar_are_refused(mini, tmp_path):
+  with tarfile.open(mini / "val.tar.gz", "w:gz") as archive:
+    link = tarfile.TarInfo("val/n05/n0500000000.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    archive.addfile(link)
+  with pytest.raises(DataError, match="a link: pack plain files only"):
     mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
 
 
@@ -431,10 +456,13 @@ def test_an_empty_archive(mini, tmp_path):
 def test_a_damaged_cache(mini, tmp_path):
   cache = tmp_path / "cache"
   mini_imagenet.load(mini, cache_dir=cache)
-  images = next(cache.rglob("train_images.npy"))
-  images.write_bytes(images.read_bytes()[:1000])
-  with pytest.raises(DataError, match=r"is damaged .* delete it"):
-    mini_imagenet.load(mini, cache_dir=cache)
+  (prepared,) = cache.glob("*.npz")
+  whole = prepared.read_bytes()
+  middle = len(whole) // 2
+  for damaged in (whole[:1000], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
+    prepared.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"is damaged: delete it"):
+      mini_imagenet.load(mini, cache_dir=cache)
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

@@ -42,7 +42,13 @@ def execute(tiny):
   return few_shot.run(tiny, *few_shot.prepare(tiny))
 
 
-def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(tmp_path, glyphs, monkeypatch):
+def fake_images(classes, size=20, shape=(28, 28, 1)):
+  return np.zeros((classes * size, *shape), np.uint8), np.repeat(np.arange(classes), size)
+
+
+def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
+  tmp_path, glyphs, splits, monkeypatch
+):
   whole = execute(settings(out=str(tmp_path / "whole")))
 
   killed = settings(out=str(tmp_path / "killed"))
@@ -89,8 +95,12 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(tmp_path, glyphs
   assert result["parameters"] == 2 * (9 + 3) + 3 * (36 + 6) + 8 * 3 + 3
   assert {"jax", "metajax", "python"} <= set(result["versions"])
 
-  with pytest.raises(ValueError, match=r"other flags .*--inner_rate=0.001 --inner_rate=0.002"):
+  with pytest.raises(ValueError, match=r"then --inner_rate=0.001; now --inner_rate=0.002"):
     few_shot.prepare(settings(out=str(tmp_path / "whole"), inner_rate=0.002))
+  fewer = splits._replace(test=metajax.data.few_shot.from_arrays(*fake_images(classes=4)))
+  monkeypatch.setattr(few_shot, "load", lambda settings: fewer)
+  with pytest.raises(ValueError, match=r"then # train.*now # train: .*test: 4 classes"):
+    few_shot.prepare(settings(out=str(tmp_path / "whole")))
 
 
 VARIANTS = [
@@ -136,9 +146,7 @@ def blank():
   """Splits of either image size with classes enough for any flag file."""
 
   def classes(shape, count, size):
-    return metajax.data.few_shot.from_arrays(
-      np.zeros((count * size, *shape), np.uint8), np.repeat(np.arange(count), size)
-    )
+    return metajax.data.few_shot.from_arrays(*fake_images(count, size, shape))
 
   small, large = ((28, 28, 1), 20, 20), ((84, 84, 3), 5, 30)
   return {
@@ -194,6 +202,7 @@ BAD_FLAGS = [
   ({"dataset": "mini_imagenet"}, "cannot be downloaded"),
   ({"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder"),
   ({"out": "/dev/null/run"}, "cannot be written"),
+  ({"seed": -1}, "--seed=-1 must be from 0"),
 ]
 
 

@@ -207,7 +207,7 @@ def test_maml_of_a_convolutional_network_agrees_with_finite_differences(x64, opt
   last_loss = lambda params: (
     metajax.reptile(loss, optimizer).estimate(params, optimizer.init(params), episode)[2].losses[-1]
   )
-  step = 1e-6
+  step = 1e-7
   moved = jax.jit(
     lambda size: last_loss(jax.tree.map(lambda p, d: p + size * d, params, direction))
   )

@@ -68,6 +68,8 @@ def test_a_separate_tail_needs_two_losses():
   with pytest.raises(ValueError, match="k = 1 leaves none"):
     metajax.separate_tail(metajax.cycling(1, 4))(KEY, task())
   assert metajax.shared_tail(metajax.cycling(1, 4))(KEY, task()).schedule.shape == (0, 4)
+  with pytest.raises(ValueError, match="it has none: raise test_shots"):
+    metajax.separate_tail(metajax.cycling(3, 4))(KEY, task(m=0))
 
 
 @pytest.mark.parametrize("draw", [metajax.cycling, metajax.replacement])

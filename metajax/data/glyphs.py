@@ -37,7 +37,8 @@ def load(
   if min(train_classes, test_classes, drawings) < 1:
     raise ValueError("train_classes, test_classes and drawings must each be at least 1")
   num_classes = train_classes + test_classes
-  keys = jax.random.split(jax.random.key(seed), num_classes)
+  # Folded, so that a run that draws on key(seed) itself shares nothing with the characters.
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x676C7970), num_classes)
   draw = jax.jit(lambda keys: jax.lax.map(lambda key: draw_class(key, drawings), keys))
   images = np.asarray(draw(keys))
 

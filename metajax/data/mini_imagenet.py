@@ -1,14 +1,13 @@
 """mini-ImageNet (Vinyals et al. 2016; Ravi & Larochelle's 64 / 16 / 20 classes), 84x84 RGB."""
 
 import os
-import shutil
-import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from metajax.data.few_shot import Classes, Splits, from_arrays
+from metajax.data.few_shot import Splits, from_arrays
 from metajax.data.files import (
   DataError,
   cache_directory,
@@ -58,18 +57,15 @@ def load(
     if not sources[split]:
       raise DataError(f"{folder} has no {split} images: it should hold {_LAYOUT}")
   files = [path for split in _SPLITS for path in _files(sources[split])]
-  cache = cache_directory(cache_dir) / f"mini_imagenet-{fingerprint(files, len(files))}"
-  if not cache.is_dir():
+  cache = cache_directory(cache_dir) / f"mini_imagenet-{fingerprint(files)}.npz"
+  if not cache.is_file():
     _prepare(sources, cache)
-  train, validation, test = (_load(cache, split) for split in _SPLITS)
-  assert train is not None and test is not None
-  return Splits(train, validation, test)
+  return _load(cache)
 
 
 def _sources(folder: Path, split: str) -> list[Path]:
-  return sorted(folder.glob(f"{split}*.tar.gz")) or [
-    path for path in [folder / split] if path.is_dir()
-  ]
+  folders = [folder / split] if (folder / split).is_dir() else []
+  return sorted(folder.glob(f"{split}*.tar.gz")) + folders
 
 
 def _files(sources: list[Path]) -> Iterator[Path]:
@@ -80,7 +76,7 @@ def _files(sources: list[Path]) -> Iterator[Path]:
 def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
   """CLASS/IMAGE names and contents of one archive or folder."""
   if source.is_dir():
-    yield from ((PurePosixPath(name), content) for name, content in read_folder(source, _SUFFIXES))
+    yield from read_folder(source, _SUFFIXES)
     return
   for name, content in read_archive(source, _SUFFIXES):
     parts = name.parts[1:] if name.parts[0] == split else name.parts
@@ -88,23 +84,29 @@ def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
-  """Decodes everything into a folder beside the cache, and moves it into place when it is whole."""
+  """Decodes everything into a file beside the cache, and moves it into place when it is whole."""
+  arrays: dict[str, np.ndarray] = {}
+  split_of: dict[str, str] = {}
+  for split, paths in sources.items():
+    if paths:
+      arrays[f"{split}_images"], arrays[f"{split}_labels"], names = _decode(paths, split)
+      for name in names:
+        if split_of.setdefault(name, split) != split:
+          raise DataError(
+            f"class {name} is in {split_of[name]} and in {split}: classes of different splits must "
+            "be disjoint, so remove it from one"
+          )
   cache.parent.mkdir(parents=True, exist_ok=True)
-  workspace = Path(tempfile.mkdtemp(prefix=cache.name, dir=cache.parent))
+  beside = cache.with_name(f"{cache.stem}-{os.getpid()}.partial.npz")
   try:
-    for split, paths in sources.items():
-      if paths:
-        images, labels = _decode(paths, split)
-        np.save(workspace / f"{split}_images.npy", images)
-        np.save(workspace / f"{split}_labels.npy", labels)
-    if not cache.is_dir():
-      workspace.rename(cache)
+    np.savez(beside, **arrays)  # type: ignore[arg-type]
+    beside.replace(cache)
   finally:
-    shutil.rmtree(workspace, ignore_errors=True)
+    beside.unlink(missing_ok=True)
 
 
-def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
-  """Images uint8 `[m, 84, 84, 3]` and the labels `[m]`, classes numbered by name."""
+def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """Images uint8 `[m, 84, 84, 3]`, labels `[m]`, and the classes' names, by label."""
   images: dict[PurePosixPath, np.ndarray] = {}
   for source in paths:
     for name, content in _read(source, split):
@@ -120,21 +122,25 @@ def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
       f"{', '.join(map(str, paths))}: there is no image inside: it should hold {_LAYOUT}"
     )
   names = sorted(images)
-  classes = {name: label for label, name in enumerate(sorted({n.parts[0] for n in names}))}
+  classes = sorted({name.parts[0] for name in names})
+  label_of = {name: label for label, name in enumerate(classes)}
   stacked = np.empty((len(names), _SIZE, _SIZE, 3), np.uint8)
   for row, name in enumerate(names):
     stacked[row] = images.pop(name)
-  return stacked, np.array([classes[name.parts[0]] for name in names], np.int32)
+  return stacked, np.array([label_of[name.parts[0]] for name in names], np.int32), classes
 
 
-def _load(cache: Path, split: str) -> Classes | None:
-  if not (cache / f"{split}_images.npy").is_file():
-    return None
+def _load(cache: Path) -> Splits:
   try:
-    images = np.load(cache / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
-    labels = np.load(cache / f"{split}_labels.npy", allow_pickle=False)
-  except (ValueError, OSError, EOFError) as error:
-    raise DataError(
-      f"the cache {cache} is damaged ({error}): delete it, and it is made again"
-    ) from error
-  return from_arrays(images, labels)
+    # A zip, whose checksums are verified. NumPy leaves a damaged file open that it opened itself.
+    with cache.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+      train, validation, test = (
+        from_arrays(file[f"{split}_images"], file[f"{split}_labels"])
+        if f"{split}_images" in file
+        else None
+        for split in _SPLITS
+      )
+  except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    raise DataError(f"the cache {cache} is damaged: delete it, and it is made again") from error
+  assert train is not None and test is not None  # as prepared
+  return Splits(train, validation, test)

@@ -121,6 +121,7 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
   """The records of an archive, after a check that it is whole."""
   name, characters = ARCHIVES[split]
   drawings: dict[str, int] = {}
+  seen: set[str] = set()
   records = []
   for inside, content in read_archive(path, (".png",)):
     if len(inside.parts) != 4 or "_" not in inside.stem or not inside.stem.split("_")[0].isdigit():
@@ -129,6 +130,9 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
       )
     _decode(content, f"{inside} in {path}")
     label = inside.stem.split("_")[0]
+    if inside.stem in seen:
+      raise DataError(f"{path} holds {inside.name} twice: download {URL}{name} again")
+    seen.add(inside.stem)
     drawings[label] = drawings.get(label, 0) + 1
     records.append(
       (inside.stem, {"image": content, "alphabet": inside.parts[1], "label": int(label)})
