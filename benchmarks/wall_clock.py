@@ -26,7 +26,7 @@ from absl import app, flags, logging
 
 import metajax
 
-_ALGORITHMS = ("reptile", "fomaml", "maml")
+_ALGORITHMS = ("reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode")
 _MODELS = ("omniglot", "omniglot_pool", "mini_imagenet", "sine")
 
 flags.DEFINE_list("algorithms", ["reptile"], f"Any of {', '.join(_ALGORITHMS)}.")
@@ -117,7 +117,7 @@ def _convolution_flops(size: int, channels: int, filters: int, pool: bool) -> fl
 def step_flops(case: Case, forward: float, batch: int, tail: int) -> float:
   """Of a meta-step, by the convention in this module's docstring."""
   inner = 3 * forward * batch * (case.inner_steps - 1)
-  through = 3 if case.algorithm == "maml" else 1
+  through = 3 if case.algorithm.startswith("maml") else 1
   return case.meta_batch * (through * inner + 3 * forward * tail)
 
 
@@ -128,9 +128,10 @@ def compile_case(case: Case) -> Program:
   regression = case.model == "sine"
   make_loss = metajax.losses.squared_error if regression else metajax.losses.cross_entropy
   loss = make_loss(net.model.apply, reduction="mean")
-  adam = FLAGS.optimizer == "adam" and case.algorithm != "maml"
+  estimator, _, cost = case.algorithm.partition("_")
+  adam = FLAGS.optimizer == "adam" and estimator != "maml"
   inner = optax.adam(1e-3, b1=0.0) if adam else optax.sgd(0.01)
-  gradient = getattr(metajax, case.algorithm)(loss, inner)
+  gradient = getattr(metajax, estimator)(loss, inner, **({cost: True} if cost else {}))
   if case.execution == "serial":
     gradient = metajax.serial(gradient)
   else:

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.inner import LearnerState, Step, inner_step, inner_update
+from metajax.inner import (
+  LearnerState,
+  Step,
+  forward_over_reverse,
+  inner_step,
+  inner_update,
+)
 from metajax.types import Episode, Examples, InnerState, LossFn, Params, take
 
 
@@ -87,7 +93,11 @@ def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGrad
 
 
 def maml(
-  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, remat: bool = False
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  remat: bool = False,
+  mixed_mode: bool = False,
 ) -> MetaGradient:
   """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative (Equation 3).
 
@@ -98,11 +108,16 @@ def maml(
     loss_fn: `(params, batch) -> scalar`.
     optimizer: the inner optimizer.
     remat: recompute each inner step in the backward pass: less memory, more time.
+    mixed_mode: take each inner step's Hessian-vector product forward over reverse, which keeps no
+      tape of the inner gradients: less memory still. Not for a `loss_fn` that cannot be
+      differentiated forward.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,
       as Adam without `eps_root` (a gradient entry of exactly 0 would give NaN).
   """
+
+  inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn
 
   def init(params: Params) -> InnerState:
     _check_twice_differentiable(optimizer, params)
@@ -113,7 +128,7 @@ def maml(
   ) -> tuple[Params, InnerState, Info]:
     def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
       learner, losses = inner_update(
-        loss_fn,
+        inner_loss,
         optimizer,
         LearnerState(params, inner_state),
         episode.pool,

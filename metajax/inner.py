@@ -1,6 +1,6 @@
 """The operator U^k: k optimizer steps on the losses of one task (Equations 1, 9 and 10)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -74,3 +74,38 @@ def inner_update(
     return learner, step.loss
 
   return jax.lax.scan(jax.checkpoint(body) if remat else body, learner, schedule)
+
+
+def forward_over_reverse(loss_fn: LossFn) -> LossFn:
+  """The same loss, its second derivative taken forward over reverse.
+
+  To differentiate an inner step phi - alpha L'(phi) takes Hessian-vector products L''(phi) v. In
+  reverse over reverse mode each keeps the tape of the inner gradient; as the derivative of L' in
+  the direction v it needs phi and the minibatch alone, and the activations are computed anew. The
+  results are equal to rounding. Only derivatives by the parameters are defined.
+  """
+  grad = jax.grad(loss_fn)
+
+  @jax.custom_vjp
+  def value_and_grad(params: Params, batch: Examples) -> tuple[jax.Array, Params]:
+    return jax.value_and_grad(loss_fn)(params, batch)
+
+  def keep_arguments(params: Params, batch: Examples) -> Any:
+    return value_and_grad(params, batch), (params, batch)
+
+  def hessian_vector(arguments: Any, cotangents: Any) -> tuple[Params, None]:
+    (params, batch), (of_value, of_grad) = arguments, cotangents
+    slope, product = jax.jvp(lambda params: grad(params, batch), (params,), (of_grad,))
+    return jax.tree.map(lambda g, hv: of_value * g + hv, slope, product), None
+
+  value_and_grad.defvjp(keep_arguments, hessian_vector)
+
+  @jax.custom_vjp
+  def loss(params: Params, batch: Examples) -> jax.Array:
+    return loss_fn(params, batch)
+
+  def scale(grads: Params, of_value: jax.Array) -> tuple[Params, None]:
+    return jax.tree.map(lambda g: of_value * g, grads), None
+
+  loss.defvjp(value_and_grad, scale)
+  return loss

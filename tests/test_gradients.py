@@ -69,12 +69,18 @@ def test_one_step_makes_all_of_them_the_plain_gradient(x64):
     close(estimate(meta_gradient, params, episode)[0], plain)
 
 
-def test_rematerialization_changes_nothing(x64):
+@pytest.mark.parametrize(
+  "optimizer",
+  [optax.sgd(RATE, momentum=0.9), optax.adam(0.02, b1=0.0, eps_root=1e-8)],
+  ids=["momentum", "adam"],
+)
+@pytest.mark.parametrize("cost", ["remat", "mixed_mode"])
+def test_what_maml_keeps_changes_nothing(x64, cost, optimizer):
   params, episode = problems.weights(), problems.episode(5, k=5)
-  sgd = optax.sgd(RATE)
-  kept, _, _ = estimate(metajax.maml(LOSS, sgd), params, episode)
-  remade, _, _ = estimate(metajax.maml(LOSS, sgd, remat=True), params, episode)
+  kept, _, info = estimate(metajax.maml(LOSS, optimizer), params, episode)
+  remade, _, again = estimate(metajax.maml(LOSS, optimizer, **{cost: True}), params, episode)
   close(remade, kept)
+  close(again.losses, info.losses)
 
 
 def test_stateless_starts_every_task_afresh(x64):
@@ -237,8 +243,20 @@ def test_first_order_memory_does_not_grow_with_k(algorithm):
     return temporary_bytes(getattr(metajax, algorithm)(LOSS, optax.sgd(RATE), **weights), k)
 
   assert bytes_at(40) - bytes_at(4) < 4 * 36 * 8  # losses and weights, at most two words a step
-  growth = [temporary_bytes(metajax.maml(LOSS, optax.sgd(RATE)), k) for k in (4, 40)]
-  assert growth[1] - growth[0] > 36 * 64 * 4 * problems.CLASSES  # a step's probabilities are kept
+
+
+def test_mixed_mode_keeps_parameters_and_minibatches_and_no_activations():
+  def growth(**options):
+    few, many = (
+      temporary_bytes(metajax.maml(LOSS, optax.sgd(RATE), **options), k) for k in (4, 40)
+    )
+    return (many - few) / 36
+
+  parameters = 4 * problems.CLASSES * problems.FEATURES  # bytes
+  minibatch = 64 * 4 * (problems.FEATURES + 1)
+  logits = 64 * 4 * problems.CLASSES
+  assert growth() > parameters + minibatch + logits
+  assert growth(mixed_mode=True) < parameters + minibatch + 16
 
 
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
