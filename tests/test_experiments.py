@@ -169,6 +169,42 @@ def test_every_flag_file_runs(path, blank):
   trace(row, blank[row.dataset])
 
 
+# From the tables of the paper's appendix and from Finn et al., by hand.
+HYPERPARAMETERS = {
+  "omniglot_5shot_5way_reptile": (10, 5, 1e-3, 10, 100_000, 5, 50, "sum"),
+  "omniglot_1shot_20way_reptile": (20, 10, 5e-4, 10, 200_000, 10, 50, "sum"),
+  "mini_imagenet_1shot_5way_reptile": (10, 8, 1e-3, 15, 100_000, 5, 50, "sum"),
+  "mini_imagenet_5shot_5way_reptile": (10, 8, 1e-3, 15, 100_000, 15, 50, "sum"),
+  "omniglot_1shot_5way_maml": (5, 2, 2.0, 2, 60_000, 5, 3, "mean"),
+  "omniglot_5shot_20way_fomaml": (100, 6, 2.0, 10, 60_000, 100, 5, "mean"),
+  "mini_imagenet_5shot_5way_maml": (25, 6, 0.05, 20, 60_000, 25, 10, "mean"),
+}
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+def test_flag_files_hold_the_published_settings(name):
+  given = (ROOT / "experiments" / "flags" / f"{name}.flags").read_text()
+  values = dict(line[2:].split("=") for line in given.splitlines() if line.startswith("--"))
+  names = (
+    "inner_batch",
+    "inner_steps",
+    "inner_rate",
+    "train_shots",
+    "meta_steps",
+    "eval_batch",
+    "eval_steps",
+  )
+  *numbers, reduction = HYPERPARAMETERS[name]
+  assert [float(values[name]) for name in names] == numbers
+  assert values["loss_reduction"] == reduction
+  if name.endswith("reptile"):
+    assert (values["outer_rate"], values["outer_rate_final"], values["meta_batch"]) == (
+      "1.0",
+      "0.0",
+      "5",
+    )
+
+
 def test_there_is_a_flag_file_for_every_row_of_the_tables():
   cells = [("mini_imagenet", 5), ("omniglot", 5), ("omniglot", 20)]
   expected = {
