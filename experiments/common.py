@@ -1,4 +1,4 @@
-"""What the experiment binaries share: a run's folder, and the loop that trains and judges."""
+"""What the experiment binaries share: flags, a run's folder, the loop that trains and judges."""
 
 import importlib.metadata
 import json
@@ -7,8 +7,9 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ matplotlib.use("Agg")  # before pyplot: a binary has no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+from absl import flags, logging
 from tqdm import tqdm
 
 import metajax
@@ -32,6 +34,71 @@ TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
 Record = dict[str, Any]
 # (params, inner_state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, from task `first` on
 Judge = Callable[..., dict[str, jax.Array]]
+
+
+# fmt: off
+_SHARED_FLAGS = (
+  flags.DEFINE_integer("meta_steps", None, "Outer iterations; each experiment has its default."),
+  flags.DEFINE_integer("eval_tasks", None,
+    "Test tasks of the final result; each experiment has its default."),
+  flags.DEFINE_integer("seed", 0, "Of everything random."),
+  flags.DEFINE_string("out", None, "Run folder; by default a new one under runs/."),
+)
+# fmt: on
+
+
+def defaults(own_flags: Iterable[flags.FlagHolder], **changes: Any) -> SimpleNamespace:
+  """The flags' default values, but for `changes`.
+
+  Raises:
+    ValueError: if a change names no flag.
+  """
+  values = {flag.name: flag.default for flag in (*_SHARED_FLAGS, *own_flags)}
+  unknown = sorted(set(changes) - set(values))
+  if unknown:
+    raise ValueError(f"there is no flag --{unknown[0]}")
+  return SimpleNamespace(**{**values, **changes})
+
+
+def main(
+  name: str,
+  argv: list[str],
+  own_flags: Iterable[flags.FlagHolder],
+  own_defaults: dict[str, Any],
+  prepare: Callable[[SimpleNamespace], tuple],
+  run: Callable[..., Any],
+) -> None:
+  """A binary: `run(settings, *prepare(settings))`; what `prepare` complains of ends in one line."""
+  if len(argv) > 1:
+    sys.exit(f"{name}: unexpected argument {argv[1]!r}: flags start with --")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # every save would log some forty lines
+  given = {flag.name: flag.value for flag in (*_SHARED_FLAGS, *own_flags)}
+  given |= {flag: value for flag, value in own_defaults.items() if given[flag] is None}
+  settings = SimpleNamespace(**given)
+  try:
+    prepared = prepare(settings)
+  except (ValueError, OSError) as error:
+    sys.exit(f"{name}: {error}")
+  run(settings, *prepared)
+
+
+def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
+  """Refuses shared flags, and others that count something, if they are out of range."""
+  for name in ("meta_steps", *at_least_one):
+    if getattr(settings, name) < 1:
+      raise ValueError(f"--{name}={getattr(settings, name)} must be at least 1")
+  if settings.eval_tasks < 2:
+    raise ValueError(f"--eval_tasks={settings.eval_tasks} must be at least 2")
+  if not 0 <= settings.seed < 2**32:
+    raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
+
+
+def open_folder(name: str, settings: SimpleNamespace) -> "RunFolder":
+  """The folder that --out names, or a new one; nothing is written yet."""
+  given = {flag: value for flag, value in vars(settings).items() if value is not None}
+  out = given.pop("out", None) or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
+  return RunFolder(out, given)
 
 
 def versions() -> dict[str, str]:

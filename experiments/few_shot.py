@@ -7,8 +7,6 @@ The run folder (--out) gets flags.txt, metrics.jsonl, result.json, learning_curv
 checkpoints; the same command with the same --out goes on where it stopped.
 """
 
-import sys
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 
 import metajax
 from experiments import common
@@ -62,7 +60,6 @@ _FLAGS = (
   flags.DEFINE_float("outer_clip", None,
     "Clip every entry of the outer gradient to [-outer_clip, outer_clip]."),
   flags.DEFINE_integer("meta_batch", 5, "T, the tasks of a meta-step."),
-  flags.DEFINE_integer("meta_steps", 600, "Outer iterations."),
   flags.DEFINE_integer("steps_per_call", 25,
     "Meta-steps in one call of the compiled loop: between two updates of the progress bar."),
   flags.DEFINE_enum("execution", "vmap", ["vmap", "serial", "chunked"],
@@ -76,14 +73,12 @@ _FLAGS = (
   flags.DEFINE_integer("eval_batch", 5, "Examples of a minibatch when judged."),
   flags.DEFINE_integer("eval_steps", 50, "Inner steps when judged."),
   flags.DEFINE_integer("eval_queries", 1, "Test examples of each class when judged."),
-  flags.DEFINE_integer("eval_tasks", 300, "Test tasks of the final result."),
   flags.DEFINE_integer("eval_every", 200,
     "Meta-steps between points of the learning curve; the state is saved at each."),
   flags.DEFINE_integer("curve_tasks", 50, "Train and test tasks of each point."),
-  flags.DEFINE_integer("seed", 0, "Of everything random."),
-  flags.DEFINE_string("out", None, "Run folder; by default a new one under runs/."),
 )
 # fmt: on
+_DEFAULTS = {"meta_steps": 600, "eval_tasks": 300}
 
 _AT_LEAST_ONE = (
   "shots",
@@ -91,7 +86,6 @@ _AT_LEAST_ONE = (
   "inner_batch",
   "inner_steps",
   "meta_batch",
-  "meta_steps",
   "chunk",
   "eval_batch",
   "eval_steps",
@@ -114,14 +108,10 @@ class Experiment(NamedTuple):
 
 def check(settings: SimpleNamespace) -> None:
   """Refuses flags that are out of range or contradict each other, in one line."""
-  for name in _AT_LEAST_ONE:
-    if getattr(settings, name) < 1:
-      raise ValueError(f"--{name}={getattr(settings, name)} must be at least 1")
-  for name in ("eval_tasks", "curve_tasks", "ways"):
+  common.check_numbers(settings, *_AT_LEAST_ONE)
+  for name in ("curve_tasks", "ways"):
     if getattr(settings, name) < 2:
       raise ValueError(f"--{name}={getattr(settings, name)} must be at least 2")
-  if not 0 <= settings.seed < 2**32:
-    raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
   for name in ("inner_rate", "outer_rate", "outer_clip"):
     value = getattr(settings, name)
     if value is not None and not 0 < value < float("inf"):
@@ -278,10 +268,7 @@ def prepare(settings: SimpleNamespace) -> tuple[Experiment, common.RunFolder]:
     ValueError: if a flag or the data is no good; nothing has been written over then.
   """
   check(settings)
-  out = settings.out or time.strftime(f"runs/few_shot-{settings.dataset}-%Y%m%d-%H%M%S")
-  given = {name: value for name, value in vars(settings).items() if value is not None}
-  given.pop("out", None)
-  folder = common.RunFolder(out, given)
+  folder = common.open_folder(f"few_shot-{settings.dataset}", settings)
   splits = load(settings)
   experiment = build(settings, splits)
   folder.begin(common.describe(splits))
@@ -339,24 +326,11 @@ def run(
 
 def defaults(**changes: Any) -> SimpleNamespace:
   """The flags' default values, but for `changes`: to prepare and run from Python."""
-  values = {flag.name: flag.default for flag in _FLAGS}
-  unknown = sorted(set(changes) - set(values))
-  if unknown:
-    raise ValueError(f"there is no flag --{unknown[0]}")
-  return SimpleNamespace(**{**values, **changes})
+  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"few_shot: unexpected argument {argv[1]!r}: flags start with --")
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # every save would log some forty lines
-  settings = SimpleNamespace(**{flag.name: flag.value for flag in _FLAGS})
-  try:
-    experiment, folder = prepare(settings)
-  except (ValueError, OSError) as error:
-    sys.exit(f"few_shot: {error}")
-  run(settings, experiment, folder)
+  common.main("few_shot", argv, _FLAGS, _DEFAULTS, prepare, run)
 
 
 if __name__ == "__main__":

@@ -166,16 +166,26 @@ class ConvNet(nn.Module):
 
 
 class MLP(nn.Module):
-  """A fully connected network, its last layer linear."""
+  """A fully connected network, its last layer linear.
+
+  Kernels and biases start uniform in +-1 / sqrt(fan in), as in the authors' PyTorch script: with
+  biases of 0, all units of a first layer on one-dimensional inputs would have the same centre.
+  """
 
   features: Sequence[int]
   activation: Callable[[jax.Array], jax.Array] = nn.tanh
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    for width in self.features[:-1]:
-      inputs = self.activation(nn.Dense(width)(inputs))
-    return nn.Dense(self.features[-1])(inputs)
+    for layer, width in enumerate(self.features):
+      if layer:
+        inputs = self.activation(inputs)
+      bound = inputs.shape[-1] ** -0.5
+      uniform = lambda key, shape, dtype=jnp.float32, bound=bound: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+      )
+      inputs = nn.Dense(width, kernel_init=uniform, bias_init=uniform)(inputs)
+    return inputs
 
 
 def max_pool(inputs: jax.Array) -> jax.Array:

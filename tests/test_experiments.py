@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 import metajax
-from experiments import common, few_shot
+from experiments import common, few_shot, sine
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
@@ -266,3 +266,31 @@ def test_the_binary_ends_without_a_traceback():
 def test_defaults_refuse_an_unknown_flag():
   with pytest.raises(ValueError, match="no flag --inner_rat"):
     few_shot.defaults(inner_rat=1.0)
+
+
+def test_sine_leaves_its_table_and_figure(tmp_path):
+  tiny = common.defaults((), meta_steps=3, eval_tasks=4, out=str(tmp_path))
+  result = sine.run(tiny, *sine.prepare(tiny))
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "flags.txt",
+    "result.json",
+    "figure1.png",
+    "figure1.svg",
+  }
+  for name in ("random", "reptile", "fomaml", "maml", "joint"):
+    assert len(result[name]["loss"]) == len(result[name]["interval95"]) == sine.GRADIENT_STEPS + 1
+    assert np.all(np.isfinite(result[name]["loss"]))
+
+
+def test_sine_adapts_by_gradient_steps_on_the_samples():
+  task = metajax.data.sine.sample_task()(jax.random.key(0))
+  params = sine.MODEL.init(jax.random.key(1))
+  adapted, losses = jax.jit(sine.adapt)(params, task)
+  step = jax.jit(
+    lambda phi: jax.tree.map(lambda p, g: p - 0.02 * g, phi, jax.grad(sine.LOSS)(phi, task.train))
+  )
+  for n in range(sine.GRADIENT_STEPS + 1):
+    np.testing.assert_allclose(losses[n], sine.LOSS(params, task.test), rtol=1e-3)
+    if n < sine.GRADIENT_STEPS:
+      params = step(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), adapted, params)
