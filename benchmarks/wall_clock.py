@@ -35,11 +35,13 @@ flags.DEFINE_list("inner_steps", ["5"], "k, the losses of an episode, the tail i
 flags.DEFINE_list("meta_batch", ["5"], "Tasks of a meta-step.")
 flags.DEFINE_list("execution", ["vmap"], "Any of vmap, chunked, serial.")
 flags.DEFINE_list("convolution", ["patches"], "Any of patches, xla.")
-flags.DEFINE_integer("batch", 10, "Examples of an inner minibatch.")
-flags.DEFINE_integer("tail", None, "Examples of the last minibatch; by default as --batch.")
+flags.DEFINE_integer("batch", 10, "Examples of an inner minibatch.", lower_bound=1)
+flags.DEFINE_integer(
+  "tail", None, "Examples of the last minibatch; by default as --batch.", lower_bound=1
+)
 flags.DEFINE_enum("optimizer", "adam", ["adam", "sgd"], "Inner optimizer; MAML's is always SGD.")
-flags.DEFINE_integer("chunk", 1, "Tasks at once with --execution=chunked.")
-flags.DEFINE_integer("repeats", 10, "Rounds in which every case runs once.")
+flags.DEFINE_integer("chunk", 1, "Tasks at once with --execution=chunked.", lower_bound=1)
+flags.DEFINE_integer("repeats", 10, "Rounds in which every case runs once.", lower_bound=1)
 flags.DEFINE_string("out", None, "File to append JSON lines to.")
 FLAGS = flags.FLAGS
 
@@ -214,13 +216,13 @@ def main(argv: list[str]) -> None:
   rate = max(2 * n**3 / float(np.median(times)) for n, times in product_seconds.items())
 
   records = [record(*pair, rate) for pair in zip(programs, seconds, strict=True)]
-  if FLAGS.out:
-    with Path(FLAGS.out).open("a") as file:
-      file.writelines(json.dumps(line) + "\n" for line in records)
   versions = " ".join(f"{p} {importlib.metadata.version(p)}" for p in ("metajax", "jax", "jaxlib"))
   device = jax.devices()[0].device_kind
   print(f"{versions}, {device}; matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n")
   print(markdown(records))
+  if FLAGS.out:  # last, so that a file that cannot be written loses nothing
+    with Path(FLAGS.out).open("a") as file:
+      file.writelines(json.dumps(line) + "\n" for line in records)
 
 
 def record(program: Program, seconds: list[float], matmul_rate: float) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def describe(splits: metajax.data.Splits) -> str:
   for name, classes in splits._asdict().items():
     if classes is not None:
       inputs, sizes = np.asarray(classes.inputs), np.asarray(classes.sizes)
-      checksum = zlib.crc32(inputs.tobytes(), zlib.crc32(sizes.tobytes()))
+      checksum = zlib.crc32(inputs.data, zlib.crc32(sizes.data))
       parts.append(f"{name}: {len(sizes)} classes, {len(inputs)} examples, crc32 {checksum:08x}")
   return "; ".join(parts)
 

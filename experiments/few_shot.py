@@ -106,6 +106,11 @@ class Experiment(NamedTuple):
   judges: dict[str, common.Judge]  # by split, "train" and "test"
 
 
+def _held_back(settings: SimpleNamespace) -> int:
+  """Examples of each class that only the tail sees."""
+  return settings.tail_shots if settings.tail == "separate" else 0
+
+
 def check(settings: SimpleNamespace) -> None:
   """Refuses flags that are out of range or contradict each other, in one line."""
   common.check_numbers(settings, *_AT_LEAST_ONE)
@@ -119,7 +124,7 @@ def check(settings: SimpleNamespace) -> None:
   for name in ("outer_rate_final", "inner_eps_root"):
     if not 0 <= getattr(settings, name) < float("inf"):
       raise ValueError(f"--{name}={getattr(settings, name)} must not be negative, and finite")
-  held_back = settings.tail_shots if settings.tail == "separate" else 0
+  held_back = _held_back(settings)
   if held_back >= settings.train_shots:
     raise ValueError(
       f"--tail_shots={held_back} leaves none of --train_shots={settings.train_shots} to adapt on: "
@@ -203,7 +208,7 @@ def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
   steps = 1 if settings.algorithm == "joint" else settings.inner_steps
   draw = {"cycling": metajax.cycling, "replacement": metajax.replacement}[settings.minibatches]
   tail = {"shared": metajax.shared_tail, "separate": metajax.separate_tail}[settings.tail]
-  held_back = settings.tail_shots if settings.tail == "separate" else 0
+  held_back = _held_back(settings)
   sample_task = metajax.data.few_shot.sample_task(
     splits.train,
     ways=settings.ways,

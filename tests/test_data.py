@@ -233,6 +233,7 @@ def replace(new):
     (replace(png(np.random.default_rng(1))[:60]), "not a readable image"),
     (rename("images_train/A/character99/9999_01.png"), "5 characters and 80 drawings, not 4"),
     (rename("images_train/A/character00/.hidden.png"), "4 characters and 79 drawings, not 4"),
+    (rename("images_train/A/character00/0001_02.png"), "0001_02.png twice"),
   ],
 )
 def test_broken_omniglot_archives(tmp_path, small_omniglot, change, message):

@@ -83,6 +83,15 @@ def test_patches_refuse_what_they_do_not_do(options):
     )
 
 
+def test_patches_accumulate_in_the_type_asked_for():
+  images, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+  layout = ("NHWC", "HWIO", "NHWC")
+  outputs = convolution("patches")(
+    images, kernel, (1, 1), "SAME", dimension_numbers=layout, preferred_element_type=jnp.float32
+  )
+  assert outputs.dtype == jnp.float32
+
+
 def test_convolution_refuses_another_method():
   with pytest.raises(ValueError, match="'patches' or 'xla', not 'fast'"):
     convolution("fast")
@@ -183,6 +192,16 @@ def test_equinox_modules():
     rtol=1e-6,
   )
   trains(model, inputs)
+
+
+def test_equinox_modules_with_integers_are_refused():
+  eqx = pytest.importorskip("equinox")
+
+  class Counting(eqx.Module):
+    calls: jax.Array
+
+  with pytest.raises(ValueError, match="integer arrays"):
+    models.from_equinox(lambda key: Counting(jnp.zeros((), jnp.int32))).init(KEY)
 
 
 def test_plain_functions():
