@@ -9,7 +9,15 @@ from metajax.inner import LearnerState, Step, inner_step, inner_update
 from metajax.meta import MetaLearner, MetaState, meta_learner, run
 from metajax.minibatches import cycling, replacement, separate_tail, shared_tail
 from metajax.models import Model
-from metajax.parallel import batched, first_slot, sample_episodes, serial
+from metajax.parallel import (
+  batched,
+  first_slot,
+  map_tasks,
+  sample_episodes,
+  serial,
+  sharded,
+  task_mesh,
+)
 from metajax.types import Episode, Examples, Task
 
 __version__ = metadata.version("metajax")
@@ -39,6 +47,7 @@ __all__ = [
   "inner_update",
   "losses",
   "maml",
+  "map_tasks",
   "mean_and_interval",
   "meta_learner",
   "models",
@@ -48,7 +57,9 @@ __all__ = [
   "sample_episodes",
   "separate_tail",
   "serial",
+  "sharded",
   "shared_tail",
   "stateless",
+  "task_mesh",
   "transductive",
 ]

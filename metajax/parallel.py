@@ -4,11 +4,14 @@ An episode, and so everything in `Info`, gains a leading task axis `[T, ...]` on
 gradient and the Info that come out are means over the tasks (Equation 5).
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from metajax.gradients import Info, MetaGradient
 from metajax.types import (
@@ -56,29 +59,20 @@ def batched(
   Raises:
     ValueError: if a size is below 1, or the chunk larger than the meta-batch.
   """
-  if num_tasks < 1:
-    raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
-  if chunk is not None and not 1 <= chunk <= num_tasks:
-    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
+  _check_sizes(num_tasks, chunk)
 
   def init(params: Params) -> InnerState:
-    repeat = lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], num_tasks, axis=0)
-    return jax.tree.map(repeat, meta_gradient.init(params))
+    return _repeated(meta_gradient.init(params), num_tasks)
 
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
     chex.assert_tree_shape_prefix((inner_state, episodes), (num_tasks,))
 
-    def one(slot: tuple[InnerState, Episode]) -> tuple[Params, InnerState, Info]:
-      return meta_gradient.estimate(params, *slot)
-
-    # At chunk = T, lax.map would wrap the vmap in a loop of one turn.
-    slots = (inner_state, episodes)
-    each = chunk is None or chunk == num_tasks
-    outputs = jax.vmap(one)(slots) if each else jax.lax.map(one, slots, batch_size=chunk)
-    gradients, inner_state, infos = outputs
-    return _mean(gradients), inner_state, _mean(infos)
+    total, inner_state, infos = _over_slots(
+      meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
+    )
+    return _scaled(total, num_tasks), inner_state, _scaled(infos, num_tasks)
 
   return MetaGradient(init, estimate)
 
@@ -102,9 +96,118 @@ def serial(meta_gradient: MetaGradient) -> MetaGradient:
     zeros = jax.tree.map(jnp.zeros_like, params)
     (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
     num_tasks = episodes.schedule.shape[0]
-    return jax.tree.map(lambda leaf: leaf / num_tasks, total), inner_state, _mean(infos)
+    losses = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
+    return _scaled(total, num_tasks), inner_state, losses
 
   return MetaGradient(meta_gradient.init, estimate)
+
+
+def sharded(
+  meta_gradient: MetaGradient,
+  num_tasks: int,
+  mesh: Mesh | None = None,
+  *,
+  chunk: int | None = None,
+) -> MetaGradient:
+  """`batched`, with the tasks spread over the devices of a mesh.
+
+  The gradients of all devices are added by one all-reduce; each slot's inner state stays on the
+  device of its slot. Where the devices do not divide `T`, some have a task less to count, which
+  leaves them idle: there are `ceil(T / devices)` slots on each. The tasks and the gradient do not
+  depend on the number of devices, but for rounding.
+
+  Args:
+    meta_gradient: an estimator for one task.
+    num_tasks: `T`, the meta-batch.
+    mesh: of one axis; by default `task_mesh()`, all devices.
+    chunk: how many of a device's tasks run together; None for all.
+
+  Raises:
+    ValueError: if a size is below 1, the chunk larger than the meta-batch, or the mesh has more
+      than one axis.
+  """
+  _check_sizes(num_tasks, chunk)
+  mesh, by_slot = _mesh_and_spec(mesh)
+  per_device = -(-num_tasks // mesh.size)
+  slots = per_device * mesh.size
+  chunk = None if chunk is None else min(chunk, per_device)
+
+  def init(params: Params) -> InnerState:
+    state = _repeated(meta_gradient.init(params), slots)
+    return jax.device_put(state, NamedSharding(mesh, by_slot))
+
+  def one_device(
+    params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array
+  ) -> tuple[Params, InnerState, Info]:
+    total, inner_state, infos = _over_slots(
+      meta_gradient, params, inner_state, episodes, counts, chunk
+    )
+    total, infos = jax.lax.psum((total, infos), mesh.axis_names)
+    return _scaled(total, num_tasks), inner_state, _scaled(infos, num_tasks)
+
+  everywhere = PartitionSpec()
+  all_devices = jax.shard_map(
+    one_device,
+    mesh=mesh,
+    in_specs=(everywhere, by_slot, by_slot, by_slot),
+    out_specs=(everywhere, by_slot, everywhere),
+    check_vma=False,  # what a task computes varies by device wherever it started from
+  )
+
+  def estimate(
+    params: Params, inner_state: InnerState, episodes: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    chex.assert_tree_shape_prefix(episodes, (num_tasks,))
+    chex.assert_tree_shape_prefix(inner_state, (slots,))
+    counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
+    return all_devices(params, inner_state, _padded(episodes, num_tasks, mesh.size), counts)
+
+  return MetaGradient(init, estimate)
+
+
+def map_tasks(
+  function: Callable[[Any, Any], Any], mesh: Mesh | None = None, *, chunk: int = 1
+) -> Callable[[Any, Any], Any]:
+  """A function of one task, on many: spread over the devices, a few at a time on each.
+
+  Args:
+    function: `(shared, task) -> outputs`, say an adaptation and its accuracy.
+    mesh: of one axis; by default `task_mesh()`, all devices.
+    chunk: how many of a device's tasks run together.
+
+  Returns:
+    `(shared, tasks) -> outputs`; leaves of tasks and outputs are `[n, ...]`, with any `n`.
+
+  Raises:
+    ValueError: if the chunk is below 1, or the mesh has more than one axis.
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk must be at least 1, not {chunk}")
+  mesh, by_task = _mesh_and_spec(mesh)
+
+  def one_device(shared: Any, tasks: Any) -> Any:
+    return jax.lax.map(partial(function, shared), tasks, batch_size=chunk)
+
+  all_devices = jax.shard_map(
+    one_device,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), by_task),
+    out_specs=by_task,
+    check_vma=False,
+  )
+
+  def mapped(shared: Any, tasks: Any) -> Any:
+    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
+    outputs = all_devices(shared, _padded(tasks, num_tasks, mesh.size))
+    return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
+
+  return mapped
+
+
+def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of one axis, "tasks", over the given devices, or all there are."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh((len(devices),), ("tasks",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def first_slot(inner_state: InnerState) -> InnerState:
@@ -112,5 +215,74 @@ def first_slot(inner_state: InnerState) -> InnerState:
   return jax.tree.map(lambda leaf: leaf[0], inner_state)
 
 
-def _mean(tree: Any) -> Any:
-  return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tree)
+def _over_slots(
+  meta_gradient: MetaGradient,
+  params: Params,
+  inner_state: InnerState,
+  episodes: Episode,
+  counts: jax.Array,
+  chunk: int | None,
+) -> tuple[Params, InnerState, Info]:
+  """The sums over slots of count * gradient and count * Info, and the inner states `[slots, ...]`.
+
+  Chunk by chunk into one running sum: a stack of all gradients would be as large as all states.
+  """
+  slots = (inner_state, episodes, counts)
+  num_slots = counts.shape[0]
+
+  def together(slots: Any) -> tuple[tuple[Params, Info], InnerState]:
+    inner_state, episodes, counts = slots
+    gradients, inner_state, infos = jax.vmap(meta_gradient.estimate, in_axes=(None, 0, 0))(
+      params, inner_state, episodes
+    )
+    weigh = lambda leaf: jnp.tensordot(counts.astype(leaf.dtype), leaf, 1)
+    return jax.tree.map(weigh, (gradients, infos)), inner_state
+
+  if chunk is None or chunk == num_slots:
+    total, inner_state = together(slots)
+    return total[0], inner_state, total[1]
+
+  def body(total: Any, slots: Any) -> tuple[Any, InnerState]:
+    more, inner_state = together(slots)
+    return jax.tree.map(jnp.add, total, more), inner_state
+
+  whole = num_slots // chunk * chunk
+  chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), slots)
+  shapes = jax.eval_shape(together, jax.tree.map(lambda leaf: leaf[0], chunks))[0]
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  total, states = jax.lax.scan(body, zeros, chunks)
+  states = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+  if whole < num_slots:
+    total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], slots))
+    states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, rest)
+  return total[0], states, total[1]
+
+
+def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
+  mesh = task_mesh() if mesh is None else mesh
+  if len(mesh.axis_names) != 1:
+    raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
+  return mesh, PartitionSpec(mesh.axis_names)
+
+
+def _padded(tasks: Any, num_tasks: int, devices: int) -> Any:
+  """The last task repeated, up to a number that the devices divide."""
+  if num_tasks % devices == 0:
+    return tasks
+  rows = jnp.minimum(jnp.arange(-(-num_tasks // devices) * devices), num_tasks - 1)
+  return jax.tree.map(lambda leaf: leaf[rows], tasks)
+
+
+def _repeated(tree: Any, times: int) -> Any:
+  return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], times, axis=0), tree)
+
+
+def _scaled(tree: Any, num_tasks: int) -> Any:
+  return jax.tree.map(lambda leaf: leaf / num_tasks, tree)
+
+
+def _check_sizes(num_tasks: int, chunk: int | None) -> None:
+  if num_tasks < 1:
+    raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
+  if chunk is not None and not 1 <= chunk <= num_tasks:
+    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")

@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 4)  # devices to spread tasks over; one is used by default
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -33,6 +33,51 @@ def test_chunks_are_vmap(chunk):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), chunked_state, state)
 
 
+def mesh(devices):
+  return metajax.task_mesh(jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(("devices", "chunk"), [(1, None), (2, 1), (3, None), (4, 2)])
+def test_sharded_is_vmap_on_any_number_of_devices(devices, chunk):
+  one = metajax.reptile(LOSS, ADAM)
+  whole, state = estimates(metajax.batched(one, T))
+  spread, spread_state = estimates(metajax.sharded(one, T, mesh(devices), chunk=chunk))
+  np.testing.assert_allclose(spread, whole, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:T], b, rtol=1e-4), spread_state, state)
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(spread_state)} == {devices}
+
+
+def test_sharded_adds_gradients_in_one_all_reduce():
+  gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(4), chunk=1)
+  arguments = PARAMS, gradient.init(PARAMS), problems.episodes(range(4), k=3)
+  spec = jax.NamedSharding(mesh(4), jax.P("tasks"))
+  arguments = PARAMS, arguments[1], jax.device_put(arguments[2], spec)
+  program = jax.jit(gradient.estimate).lower(*arguments).compile().as_text()
+  assert program.count(" all-reduce(") == 1
+  for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+    assert other not in program
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_mapped_tasks_are_those_of_vmap(devices, chunk):
+  function = lambda shared, task: {"sum": shared * task.sum(), "task": task}
+  tasks = jnp.arange(10.0).reshape(5, 2)
+  mapped = jax.jit(metajax.map_tasks(function, mesh(devices), chunk=chunk))(3.0, tasks)
+  expected = jax.vmap(lambda task: function(3.0, task))(tasks)
+  jax.tree.map(np.testing.assert_array_equal, mapped, expected)
+
+
+@pytest.mark.parametrize("lift", [metajax.sharded, metajax.map_tasks])
+def test_a_mesh_has_one_axis(lift):
+  two_axes = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  arguments = (metajax.reptile(LOSS, ADAM), T) if lift is metajax.sharded else (lambda s, t: t,)
+  with pytest.raises(ValueError, match="one axis"):
+    lift(*arguments, two_axes)
+  with pytest.raises(ValueError, match="chunk must be"):
+    lift(*arguments, mesh(1), chunk=0)
+
+
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
 def test_without_state_serial_is_vmap(algorithm):
   one = metajax.stateless(
