@@ -4,45 +4,48 @@
 
 Lowering, compiling and running are timed apart. Cases take turns, round after round, so that a
 drift of the machine's speed meets all of them, and so does the float32 matrix multiplication whose
-rate is the measure: model FLOP/s are printed as a fraction of it. Model FLOPs are counted from the
-network: a multiply-add is 2, a gradient is 3 forward passes, and differentiating through one inner
-gradient costs 2 gradients more. Only convolutions and dense layers count.
+rate is the measure: model FLOP/s, as `benchmarks.cases` counts them, are printed as a fraction of
+it. `error` is the relative error of a task's gradient against plain loops in float64.
 """
 
-import importlib.metadata
 import itertools
 import json
-import time
-from collections.abc import Callable
-from functools import partial
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: a binary has no screen
+
+import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from absl import app, flags, logging
 
 import metajax
+from benchmarks import cases
+from benchmarks.cases import Case, Program
 
-_ALGORITHMS = ("reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode")
-_MODELS = ("omniglot", "omniglot_pool", "mini_imagenet", "sine")
-
-flags.DEFINE_list("algorithms", ["reptile"], f"Any of {', '.join(_ALGORITHMS)}.")
-flags.DEFINE_list("model", ["omniglot"], f"Any of {', '.join(_MODELS)}.")
+flags.DEFINE_list("algorithms", ["reptile"], f"Any of {', '.join(cases.ALGORITHMS)}.")
+flags.DEFINE_list("model", ["omniglot"], f"Any of {', '.join(cases.MODELS)}.")
 flags.DEFINE_list("inner_steps", ["5"], "k, the losses of an episode, the tail included.")
 flags.DEFINE_list("meta_batch", ["5"], "Tasks of a meta-step.")
-flags.DEFINE_list("execution", ["vmap"], "Any of vmap, chunked, serial.")
+flags.DEFINE_list("execution", ["vmap"], f"Any of {', '.join(cases.EXECUTIONS)}.")
 flags.DEFINE_list("convolution", ["patches"], "Any of patches, xla.")
 flags.DEFINE_integer("batch", 10, "Examples of an inner minibatch.", lower_bound=1)
 flags.DEFINE_integer(
   "tail", None, "Examples of the last minibatch; by default as --batch.", lower_bound=1
 )
 flags.DEFINE_enum("optimizer", "adam", ["adam", "sgd"], "Inner optimizer; MAML's is always SGD.")
-flags.DEFINE_integer("chunk", 1, "Tasks at once with --execution=chunked.", lower_bound=1)
+flags.DEFINE_integer("chunk", 1, "Tasks at once, chunked or on each device.", lower_bound=1)
 flags.DEFINE_integer("repeats", 10, "Rounds in which every case runs once.", lower_bound=1)
+flags.DEFINE_integer(
+  "cpu_devices", None, "Devices that the CPU counts as; by default one a core.", lower_bound=1
+)
+flags.DEFINE_bool("errors", True, "Compare gradients with the plain loop's.")
 flags.DEFINE_string("out", None, "File to append JSON lines to.")
+flags.DEFINE_string("baseline", None, "JSON lines of an earlier run, to print the speed-up over.")
+flags.DEFINE_string("plots", None, "Folder for plots of time and memory.")
 FLAGS = flags.FLAGS
 
 
@@ -51,9 +54,9 @@ def _one_of(name: str, choices: tuple[str, ...]) -> None:
   flags.register_validator(name, lambda given: bool(given) and set(given) <= {*choices}, message)
 
 
-_one_of("algorithms", _ALGORITHMS)
-_one_of("model", _MODELS)
-_one_of("execution", ("vmap", "chunked", "serial"))
+_one_of("algorithms", cases.ALGORITHMS)
+_one_of("model", cases.MODELS)
+_one_of("execution", cases.EXECUTIONS)
 _one_of("convolution", ("patches", "xla"))
 for _name in ("inner_steps", "meta_batch"):
   flags.register_validator(
@@ -63,166 +66,57 @@ for _name in ("inner_steps", "meta_batch"):
   )
 
 
-class Case(NamedTuple):
-  """One row of the table."""
-
-  algorithm: str
-  model: str
-  inner_steps: int
-  meta_batch: int
-  execution: str
-  convolution: str
+def set_up() -> None:
+  """To be called before anything is computed: a CPU core is a device, to run tasks of its own."""
+  if not FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  metajax.cores_as_devices(FLAGS.cpu_devices)
 
 
-class Program(NamedTuple):
-  """A case, compiled."""
-
-  case: Case
-  call: Callable[[], Any]
-  flops: float
-  lower_seconds: float
-  compile_seconds: float
-  temporary_bytes: int
-
-
-class Network(NamedTuple):
-  """A model with the shape of its inputs and the FLOPs of one example's forward pass."""
-
-  model: metajax.Model
-  inputs: tuple[int, ...]
-  flops: float
-
-
-def network(name: str, convolution: Any) -> Network:
-  """The networks of the paper, for 5 ways."""
-  if name == "sine":
-    return Network(metajax.models.sine(), (1,), 2 * (64 + 64 * 64 + 64))
-  if name == "mini_imagenet":
-    model = metajax.models.mini_imagenet(5, method=convolution)
-    return Network(model, (84, 84, 3), _convolution_flops(84, 3, 32, pool=True))
-  pool = name == "omniglot_pool"
-  model = metajax.models.omniglot(5, downsample="pool" if pool else "stride", method=convolution)
-  return Network(model, (28, 28, 1), _convolution_flops(28, 1, 64, pool))
-
-
-def _convolution_flops(size: int, channels: int, filters: int, pool: bool) -> float:
-  """Of four 3x3 convolutions, each followed or preceded by halving, and a dense layer to 5."""
-  total = 0
-  for _ in range(4):
-    halved = -(-size // 2)
-    positions = (size if pool else halved) ** 2
-    total += 2 * positions * 9 * channels * filters
-    size, channels = halved, filters
-  return total + 2 * size**2 * filters * 5
-
-
-def step_flops(case: Case, forward: float, batch: int, tail: int) -> float:
-  """Of a meta-step, by the convention in this module's docstring."""
-  inner = 3 * forward * batch * (case.inner_steps - 1)
-  through = 3 if case.algorithm.startswith("maml") else 1
-  return case.meta_batch * (through * inner + 3 * forward * tail)
-
-
-def compile_case(case: Case) -> Program:
-  """Builds a meta-step on random data and compiles it ahead of time."""
-  batch, tail = FLAGS.batch, FLAGS.tail or FLAGS.batch
-  net = network(case.model, case.convolution)
-  regression = case.model == "sine"
-  make_loss = metajax.losses.squared_error if regression else metajax.losses.cross_entropy
-  loss = make_loss(net.model.apply, reduction="mean")
-  estimator, _, cost = case.algorithm.partition("_")
-  adam = FLAGS.optimizer == "adam" and estimator != "maml"
-  inner = optax.adam(1e-3, b1=0.0) if adam else optax.sgd(0.01)
-  gradient = getattr(metajax, estimator)(loss, inner, **({cost: True} if cost else {}))
-  if case.execution == "serial":
-    gradient = metajax.serial(gradient)
-  else:
-    chunk = FLAGS.chunk if case.execution == "chunked" else None
-    gradient = metajax.batched(gradient, case.meta_batch, chunk=chunk)
-  learner = metajax.meta_learner(gradient, optax.sgd(0.1))
-
-  rng = np.random.default_rng(0)
-
-  def examples(n: int) -> metajax.Examples:
-    inputs = rng.normal(size=(case.meta_batch, n, *net.inputs)).astype(np.float32)
-    shape = (case.meta_batch, n)
-    targets = rng.normal(size=(*shape, 1)) if regression else rng.integers(0, 5, shape)
-    return metajax.Examples(
-      jnp.asarray(inputs), jnp.asarray(targets, jnp.float32 if regression else jnp.int32)
-    )
-
-  steps = case.inner_steps - 1
-  rows = np.arange(steps * batch, dtype=np.int32).reshape(steps, batch)
-  schedule = jnp.asarray(np.broadcast_to(rows, (case.meta_batch, steps, batch)))
-  episodes = metajax.Episode(examples(max(1, steps * batch)), schedule, examples(tail))
-  state = learner.init(jax.jit(net.model.init)(jax.random.key(0)))
-
-  start = time.perf_counter()
-  lowered = jax.jit(learner.step).lower(state, episodes)
-  lowering = time.perf_counter() - start
-  start = time.perf_counter()
-  compiled = lowered.compile()
-  compiling = time.perf_counter() - start
-  memory = compiled.memory_analysis()
-  return Program(
-    case,
-    lambda: compiled(state, episodes),
-    step_flops(case, net.flops, batch, tail),
-    lowering,
-    compiling,
-    memory.temp_size_in_bytes if memory is not None else 0,
+def cases_from_flags() -> list[Case]:
+  """The product of the flags that are lists."""
+  lists = itertools.product(
+    FLAGS.algorithms,
+    FLAGS.model,
+    map(int, FLAGS.inner_steps),
+    map(int, FLAGS.meta_batch),
+    FLAGS.execution,
+    FLAGS.convolution,
   )
-
-
-def timed(call: Callable[[], Any]) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(call())
-  return time.perf_counter() - start
-
-
-def matrix_multiplications() -> dict[int, Callable[[], jax.Array]]:
-  """Float32 products of square matrices, by size."""
-  multiply = jax.jit(jnp.matmul)
-  matrices = {n: jnp.ones((n, n), jnp.float32) for n in (512, 1024, 2048)}
-  return {n: partial(multiply, matrix, matrix) for n, matrix in matrices.items()}
+  rest = FLAGS.batch, FLAGS.tail or FLAGS.batch, FLAGS.optimizer, FLAGS.chunk
+  return [Case(*varied, *rest) for varied in lists]
 
 
 def main(argv: list[str]) -> None:
-  del argv
-  if not FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-  cases = [
-    Case(algorithm, model, int(k), int(tasks), execution, convolution)
-    for algorithm, model, k, tasks, execution, convolution in itertools.product(
-      FLAGS.algorithms,
-      FLAGS.model,
-      FLAGS.inner_steps,
-      FLAGS.meta_batch,
-      FLAGS.execution,
-      FLAGS.convolution,
+  if len(argv) > 1:
+    sys.exit(f"wall_clock: unexpected argument {argv[1]!r}: flags start with --")
+  try:
+    baseline = read(FLAGS.baseline) if FLAGS.baseline else []
+  except (OSError, ValueError, KeyError) as error:
+    sys.exit(
+      f"wall_clock: --baseline={FLAGS.baseline} holds no JSON lines of this program: {error}"
     )
+  set_up()
+  programs = [cases.compile_case(case, judge=FLAGS.errors) for case in cases_from_flags()]
+  products = cases.matrix_products()
+  calls = [*(program.call for program in programs), *products.calls]
+  seconds = cases.in_turns(calls, FLAGS.repeats)
+  rate = products.rate(seconds[len(programs) :])
+  machine = cases.machine()
+  records = [
+    record(program, times, rate) | machine
+    for program, times in zip(programs, seconds[: len(programs)], strict=True)
   ]
-  programs = [compile_case(case) for case in cases]
-  products = matrix_multiplications()
-  for call in (*(program.call for program in programs), *products.values()):
-    timed(call)  # warm-up
-  seconds: list[list[float]] = [[] for _ in programs]
-  product_seconds: dict[int, list[float]] = {n: [] for n in products}
-  for _ in range(FLAGS.repeats):
-    for times, program in zip(seconds, programs, strict=True):
-      times.append(timed(program.call))
-    for n, call in products.items():
-      product_seconds[n].append(timed(call))
-  rate = max(2 * n**3 / float(np.median(times)) for n, times in product_seconds.items())
-
-  records = [record(*pair, rate) for pair in zip(programs, seconds, strict=True)]
-  versions = " ".join(f"{p} {importlib.metadata.version(p)}" for p in ("metajax", "jax", "jaxlib"))
-  device = jax.devices()[0].device_kind
-  print(f"{versions}, {device}; matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n")
-  print(markdown(records))
+  print(
+    f"{', '.join(f'{name} {value}' for name, value in machine.items())}; "
+    f"matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n"
+  )
+  print(markdown(records, baseline))
   if FLAGS.out:  # last, so that a file that cannot be written loses nothing
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(line) + "\n" for line in records)
+  if FLAGS.plots:
+    draw(records, Path(FLAGS.plots))
 
 
 def record(program: Program, seconds: list[float], matmul_rate: float) -> dict[str, Any]:
@@ -236,18 +130,46 @@ def record(program: Program, seconds: list[float], matmul_rate: float) -> dict[s
     "run_p10": float(low),
     "run_p90": float(high),
     "tasks_per_second": program.case.meta_batch / float(median),
+    "meta_steps_per_second": 1 / float(median),
     "flops_per_second": program.flops / float(median),
+    "matmul_flops_per_second": matmul_rate,
     "fraction_of_matmul": program.flops / float(median) / matmul_rate,
     "temporary_bytes": program.temporary_bytes,
+    "gradient_error": program.gradient_error,
   }
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-  """The table."""
-  head = [*Case._fields, "compile (s)", "run (ms)", "10-90 %", "tasks/s", "of matmul", "temp (MB)"]
+def read(path: str) -> list[dict[str, Any]]:
+  """The records of a file that --out wrote."""
+  records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+  for row in records:
+    case_of(row)
+  return records
+
+
+def case_of(row: dict[str, Any]) -> Case:
+  return Case(*(row[field] for field in Case._fields))
+
+
+def markdown(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
+  """The table, without the columns in which all cases agree on a default."""
+  before = {case_of(row): row["run"] for row in baseline}
+  fields = Case._fields[:6]
+  head = [
+    *fields,
+    "compile (s)",
+    "run (ms)",
+    "10-90 %",
+    "tasks/s",
+    "of matmul",
+    "temp (MB)",
+    "error",
+  ]
+  head += ["speed-up"] if baseline else []
   lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
   for row in records:
-    cells = [str(row[field]) for field in Case._fields]
+    error = row["gradient_error"]
+    cells = [str(row[field]) for field in fields]
     cells += [
       f"{row['lower'] + row['compile']:.1f}",
       f"{1e3 * row['run']:.1f}",
@@ -255,9 +177,46 @@ def markdown(records: list[dict[str, Any]]) -> str:
       f"{row['tasks_per_second']:.1f}",
       f"{row['fraction_of_matmul']:.2f}",
       f"{row['temporary_bytes'] / 1e6:.0f}",
+      "" if error is None else f"{error:.0e}",
     ]
+    if baseline:
+      earlier = before.get(case_of(row))
+      cells.append("" if earlier is None else f"{earlier / row['run']:.2f}")
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
+
+
+def draw(records: list[dict[str, Any]], folder: Path) -> None:
+  """Time against k and against tasks, and memory against k: a line for each other choice."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, x, y, label, unit in (
+    ("time_against_inner_steps", "inner_steps", "run", "time of a meta-step (ms)", 1e3),
+    ("time_against_tasks", "meta_batch", "run", "time of a meta-step (ms)", 1e3),
+    ("memory_against_inner_steps", "inner_steps", "temporary_bytes", "temporary memory (MB)", 1e-6),
+  ):
+    lines: dict[str, list[tuple[float, float]]] = {}
+    varied = [field for field in Case._fields if len({row[field] for row in records}) > 1]
+    for row in records:
+      named = [
+        f"{row[field]}" if isinstance(row[field], str) else f"{field} {row[field]}"
+        for field in varied
+        if field != x
+      ]
+      lines.setdefault(", ".join(named), []).append((row[x], unit * row[y]))
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for line, points in lines.items():
+      axes.plot(*zip(*sorted(points), strict=True), marker=".", label=line or None)
+    axes.set(
+      xscale="log",
+      yscale="log",
+      ylabel=label,
+      xlabel={"inner_steps": "inner steps k", "meta_batch": "tasks of a meta-step"}[x],
+    )
+    axes.grid(alpha=0.3, which="both")
+    if any(lines):
+      axes.legend(fontsize=8)
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

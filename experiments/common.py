@@ -73,6 +73,8 @@ def main(
     sys.exit(f"{name}: unexpected argument {argv[1]!r}: flags start with --")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # every save would log some forty lines
+  metajax.cores_as_devices()
+  jax.config.update("jax_compilation_cache_dir", str(metajax.data.cache_directory() / "compiled"))
   given = {flag.name: flag.value for flag in (*_SHARED_FLAGS, *own_flags)}
   given |= {flag: value for flag, value in own_defaults.items() if given[flag] is None}
   settings = SimpleNamespace(**given)
@@ -81,6 +83,17 @@ def main(
   except (ValueError, OSError) as error:
     sys.exit(f"{name}: {error}")
   run(settings, *prepared)
+
+
+def on_all_devices(tree: Any) -> Any:
+  """A copy on each device, where `metajax.sharded` looks for it; what is spread over them stays."""
+  mesh = metajax.task_mesh()
+
+  def place(leaf: jax.Array) -> jax.Array:
+    spread = len(leaf.sharding.device_set) == mesh.size
+    return leaf if spread else jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
+
+  return jax.tree.map(place, tree)
 
 
 def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
@@ -217,7 +230,7 @@ def train(
   """
   saved = checkpoints(folder.path / "checkpoints")
   restored = saved.restore(state)
-  state = state if restored is None else restored
+  state, key = on_all_devices((state if restored is None else restored, key))
   step = int(state.step)
   folder.truncate(step)
   records = folder.records()

@@ -62,9 +62,11 @@ _FLAGS = (
   flags.DEFINE_integer("meta_batch", 5, "T, the tasks of a meta-step."),
   flags.DEFINE_integer("steps_per_call", 25,
     "Meta-steps in one call of the compiled loop: between two updates of the progress bar."),
-  flags.DEFINE_enum("execution", "vmap", ["vmap", "serial", "chunked"],
-    "A meta-batch at once, one task after another with one inner state, or --chunk at a time."),
-  flags.DEFINE_integer("chunk", 1, "Tasks at once with --execution=chunked."),
+  flags.DEFINE_enum("execution", "sharded", ["sharded", "vmap", "serial", "chunked"],
+    "A meta-batch spread over all devices, or on one: at once, one task after another with one "
+    "inner state, or --chunk at a time."),
+  flags.DEFINE_integer("chunk", None,
+    "Tasks at once, with sharded on each device; by default one on CPU."),
   flags.DEFINE_integer("filters", None, "Of every convolution; by default the paper's."),
   flags.DEFINE_enum("head", "flatten", ["flatten", "mean"],
     "What the last layer sees: all positions, or their mean as in Finn et al.'s network."),
@@ -86,7 +88,6 @@ _AT_LEAST_ONE = (
   "inner_batch",
   "inner_steps",
   "meta_batch",
-  "chunk",
   "eval_batch",
   "eval_steps",
   "eval_queries",
@@ -147,9 +148,9 @@ def check(settings: SimpleNamespace) -> None:
       "--algorithm=maml through --inner_optimizer=adam gives NaN where a gradient is 0: "
       "set --inner_eps_root, say to 1e-8, or use --inner_optimizer=sgd"
     )
-  if settings.execution == "chunked" and settings.chunk > settings.meta_batch:
+  if settings.chunk is not None and not 1 <= settings.chunk <= settings.meta_batch:
     raise ValueError(
-      f"--chunk={settings.chunk} is larger than --meta_batch={settings.meta_batch}: lower it"
+      f"--chunk={settings.chunk} must be from 1 to --meta_batch={settings.meta_batch}"
     )
 
 
@@ -193,8 +194,11 @@ def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
   if settings.execution == "serial":
     gradient = metajax.serial(gradient)
     inner_state = lambda state: state.inner
+  elif settings.execution == "sharded":
+    gradient = metajax.sharded(gradient, settings.meta_batch, chunk=settings.chunk)
+    inner_state = lambda state: metajax.first_slot(state.inner)
   else:
-    chunk = settings.chunk if settings.execution == "chunked" else None
+    chunk = (settings.chunk or 1) if settings.execution == "chunked" else None
     gradient = metajax.batched(gradient, settings.meta_batch, chunk=chunk)
     inner_state = lambda state: metajax.first_slot(state.inner)
   if settings.inner_state == "fresh":
@@ -250,18 +254,23 @@ def _judge(
     lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
   )
 
+  def draw(key: jax.Array, index: jax.Array) -> tuple[jax.Array, metajax.Task]:
+    task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
+    return batch_key, sample_task(task_key)
+
+  def one(shared: Any, drawn: tuple[jax.Array, metajax.Task]) -> dict[str, jax.Array]:
+    (params, inner_state), (batch_key, task) = shared, drawn
+    outputs = adapt_and_predict(params, inner_state, batch_key, task)
+    return {
+      name: metajax.losses.accuracy(output, task.test.targets) for name, output in outputs.items()
+    }
+
   def judge(
     params: Any, inner_state: Any, key: jax.Array, first: jax.Array
   ) -> dict[str, jax.Array]:
-    def one(index: jax.Array) -> dict[str, jax.Array]:
-      task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
-      task = sample_task(task_key)
-      outputs = adapt_and_predict(params, inner_state, batch_key, task)
-      return {
-        name: metajax.losses.accuracy(output, task.test.targets) for name, output in outputs.items()
-      }
-
-    return jax.lax.map(one, first + jnp.arange(common.TASKS_PER_CALL), batch_size=5)
+    indices = first + jnp.arange(common.TASKS_PER_CALL)
+    tasks = jax.vmap(draw, in_axes=(None, 0))(key, indices)
+    return metajax.map_tasks(one)((params, inner_state), tasks)
 
   return jax.jit(judge)
 
@@ -274,7 +283,7 @@ def prepare(settings: SimpleNamespace) -> tuple[Experiment, common.RunFolder]:
   """
   check(settings)
   folder = common.open_folder(f"few_shot-{settings.dataset}", settings)
-  splits = load(settings)
+  splits = common.on_all_devices(load(settings))
   experiment = build(settings, splits)
   folder.begin(common.describe(splits))
   return experiment, folder

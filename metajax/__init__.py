@@ -11,6 +11,7 @@ from metajax.minibatches import cycling, replacement, separate_tail, shared_tail
 from metajax.models import Model
 from metajax.parallel import (
   batched,
+  cores_as_devices,
   first_slot,
   map_tasks,
   sample_episodes,
@@ -37,6 +38,7 @@ __all__ = [
   "batched",
   "combine",
   "convolution",
+  "cores_as_devices",
   "cycling",
   "data",
   "evaluate",

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metajax import backend
+
 Method = Literal["patches", "xla"]
 Convolve = Callable[..., jax.Array]
 Padding = str | Sequence[tuple[int, int]]
@@ -32,7 +34,7 @@ def convolution(method: Method | None = None) -> Convolve:
     ValueError: for any other method.
   """
   if method is None:
-    method = "patches" if jax.default_backend() == "cpu" else "xla"
+    return _METHODS[backend.defaults().convolution]
   if method not in _METHODS:
     raise ValueError(f"convolution must be 'patches' or 'xla', not {method!r}")
   return _METHODS[method]

@@ -4,6 +4,7 @@ An episode, and so everything in `Info`, gains a leading task axis `[T, ...]` on
 gradient and the Info that come out are means over the tasks (Equation 5).
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from metajax import backend
 from metajax.gradients import Info, MetaGradient
 from metajax.types import (
   Episode,
@@ -111,16 +113,15 @@ def sharded(
 ) -> MetaGradient:
   """`batched`, with the tasks spread over the devices of a mesh.
 
-  The gradients of all devices are added by one all-reduce; each slot's inner state stays on the
-  device of its slot. Where the devices do not divide `T`, some have a task less to count, which
-  leaves them idle: there are `ceil(T / devices)` slots on each. The tasks and the gradient do not
-  depend on the number of devices, but for rounding.
+  The gradients of all devices are added by one all-reduce. Each slot's inner state stays on the
+  device of its slot, if the devices divide `T`; otherwise some devices idle while others run one
+  task more. Neither the state's shape nor, but for rounding, the gradient depends on the devices.
 
   Args:
     meta_gradient: an estimator for one task.
     num_tasks: `T`, the meta-batch.
     mesh: of one axis; by default `task_mesh()`, all devices.
-    chunk: how many of a device's tasks run together; None for all.
+    chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
 
   Raises:
     ValueError: if a size is below 1, the chunk larger than the meta-batch, or the mesh has more
@@ -128,13 +129,13 @@ def sharded(
   """
   _check_sizes(num_tasks, chunk)
   mesh, by_slot = _mesh_and_spec(mesh)
-  per_device = -(-num_tasks // mesh.size)
-  slots = per_device * mesh.size
-  chunk = None if chunk is None else min(chunk, per_device)
+  slots = -(-num_tasks // mesh.size) * mesh.size
+  chunk = _chunk_or_default(chunk, slots // mesh.size)
+  everywhere = PartitionSpec()
 
   def init(params: Params) -> InnerState:
-    state = _repeated(meta_gradient.init(params), slots)
-    return jax.device_put(state, NamedSharding(mesh, by_slot))
+    state = _repeated(meta_gradient.init(params), num_tasks)
+    return jax.device_put(state, NamedSharding(mesh, by_slot if slots == num_tasks else everywhere))
 
   def one_device(
     params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array
@@ -145,7 +146,6 @@ def sharded(
     total, infos = jax.lax.psum((total, infos), mesh.axis_names)
     return _scaled(total, num_tasks), inner_state, _scaled(infos, num_tasks)
 
-  everywhere = PartitionSpec()
   all_devices = jax.shard_map(
     one_device,
     mesh=mesh,
@@ -157,23 +157,25 @@ def sharded(
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    chex.assert_tree_shape_prefix(episodes, (num_tasks,))
-    chex.assert_tree_shape_prefix(inner_state, (slots,))
+    chex.assert_tree_shape_prefix((inner_state, episodes), (num_tasks,))
     counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
-    return all_devices(params, inner_state, _padded(episodes, num_tasks, mesh.size), counts)
+    inner_state, episodes = _padded((inner_state, episodes), num_tasks, slots)
+    gradient, inner_state, info = all_devices(params, inner_state, episodes, counts)
+    return gradient, jax.tree.map(lambda leaf: leaf[:num_tasks], inner_state), info
 
   return MetaGradient(init, estimate)
 
 
 def map_tasks(
-  function: Callable[[Any, Any], Any], mesh: Mesh | None = None, *, chunk: int = 1
+  function: Callable[[Any, Any], Any], mesh: Mesh | None = None, *, chunk: int | None = None
 ) -> Callable[[Any, Any], Any]:
   """A function of one task, on many: spread over the devices, a few at a time on each.
 
   Args:
-    function: `(shared, task) -> outputs`, say an adaptation and its accuracy.
+    function: `(shared, task) -> outputs`, say an adaptation and its accuracy. What it needs from
+      arrays comes as an argument: a function mapped over devices cannot close over spread arrays.
     mesh: of one axis; by default `task_mesh()`, all devices.
-    chunk: how many of a device's tasks run together.
+    chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
 
   Returns:
     `(shared, tasks) -> outputs`; leaves of tasks and outputs are `[n, ...]`, with any `n`.
@@ -181,12 +183,14 @@ def map_tasks(
   Raises:
     ValueError: if the chunk is below 1, or the mesh has more than one axis.
   """
-  if chunk < 1:
+  if chunk is not None and chunk < 1:
     raise ValueError(f"chunk must be at least 1, not {chunk}")
   mesh, by_task = _mesh_and_spec(mesh)
 
   def one_device(shared: Any, tasks: Any) -> Any:
-    return jax.lax.map(partial(function, shared), tasks, batch_size=chunk)
+    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
+    size = _chunk_or_default(chunk, num_tasks)
+    return jax.lax.map(partial(function, shared), tasks, batch_size=size)
 
   all_devices = jax.shard_map(
     one_device,
@@ -198,7 +202,8 @@ def map_tasks(
 
   def mapped(shared: Any, tasks: Any) -> Any:
     num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-    outputs = all_devices(shared, _padded(tasks, num_tasks, mesh.size))
+    slots = -(-num_tasks // mesh.size) * mesh.size
+    outputs = all_devices(shared, _padded(tasks, num_tasks, slots))
     return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
 
   return mapped
@@ -208,6 +213,24 @@ def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of one axis, "tasks", over the given devices, or all there are."""
   devices = jax.devices() if devices is None else devices
   return jax.make_mesh((len(devices),), ("tasks",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def cores_as_devices(count: int | None = None) -> None:
+  """Makes each CPU core a device of its own, so that `sharded` and `map_tasks` use them all.
+
+  XLA gains little from a second core inside one small task; cores that run tasks of their own gain
+  almost a factor of two each. A program calls this once, before it computes anything. Other
+  backends' devices stay as they are.
+
+  Args:
+    count: devices; by default the cores that this process may use.
+
+  Raises:
+    RuntimeError: if JAX has started already.
+  """
+  affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+  jax.config.update("jax_num_cpu_devices", cores if count is None else count)
 
 
 def first_slot(inner_state: InnerState) -> InnerState:
@@ -265,11 +288,17 @@ def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
   return mesh, PartitionSpec(mesh.axis_names)
 
 
-def _padded(tasks: Any, num_tasks: int, devices: int) -> Any:
-  """The last task repeated, up to a number that the devices divide."""
-  if num_tasks % devices == 0:
+def _chunk_or_default(chunk: int | None, num_tasks: int) -> int:
+  """What is asked for or suits the backend, and no more than there are tasks."""
+  chunk = backend.defaults().chunk if chunk is None else chunk
+  return num_tasks if chunk is None else min(chunk, num_tasks)
+
+
+def _padded(tasks: Any, num_tasks: int, slots: int) -> Any:
+  """The last task repeated, up to the number of slots."""
+  if num_tasks == slots:
     return tasks
-  rows = jnp.minimum(jnp.arange(-(-num_tasks // devices) * devices), num_tasks - 1)
+  rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
   return jax.tree.map(lambda leaf: leaf[rows], tasks)
 
 

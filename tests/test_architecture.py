@@ -11,11 +11,12 @@ import metajax
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
   "types": 0,
-  "convolution": 0,
+  "backend": 0,
+  "convolution": 1,
   "losses": 1,
   "inner": 1,
   "minibatches": 1,
-  "models": 1,
+  "models": 2,
   "data": 1,
   "gradients": 2,
   "evaluation": 2,

@@ -230,7 +230,7 @@ BAD_FLAGS = [
   ({"tail": "separate", "inner_steps": 1}, "--inner_steps=2 or more"),
   ({"tail": "separate", "algorithm": "joint"}, "there is only one"),
   ({"minibatches": "replacement", "inner_batch": 10}, "cannot be drawn without duplicates from 9"),
-  ({"execution": "chunked", "chunk": 3}, "--chunk=3 is larger than --meta_batch=2"),
+  ({"execution": "chunked", "chunk": 3}, "--chunk=3 must be from 1 to --meta_batch=2"),
   ({"filters": 0}, "filters must be at least 1"),
   ({"ways": 6}, "6 ways need 6 classes, and there are 5"),
   ({"shots": 20}, "needs 21 examples of each class"),

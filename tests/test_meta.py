@@ -108,3 +108,36 @@ def test_nothing_crosses_to_the_host_inside_a_run():
 def test_run_refuses_no_steps():
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
     metajax.run(*make(), 0)
+
+
+def test_bfloat16_compute_trains():
+  """Parameters and optimizers in float32, the network in bfloat16: the loss comes down as well."""
+  model = metajax.models.omniglot(problems.CLASSES, filters=4)
+  rng = np.random.default_rng(0)
+  prototypes = np.repeat(rng.normal(size=(5, 1, 28, 28, 1)), 8, axis=0).reshape(40, 28, 28, 1)
+  noise = 0.3 * rng.normal(size=prototypes.shape)
+  classes = metajax.data.few_shot.from_arrays(
+    (prototypes + noise).astype(np.float32), np.repeat(np.arange(5), 8)
+  )
+  sample_task = metajax.data.few_shot.sample_task(
+    classes, ways=problems.CLASSES, train_shots=4, test_shots=0
+  )
+  make_episode = metajax.shared_tail(metajax.cycling(3, 5))
+  sample = metajax.sample_episodes(sample_task, make_episode, 2)
+
+  def apply(params, inputs):
+    params, inputs = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, inputs))
+    return model.apply(params, inputs).astype(jnp.float32)
+
+  gradient = metajax.maml(
+    metajax.losses.cross_entropy(apply, reduction="mean"), optax.sgd(0.4), mixed_mode=True
+  )
+  learner = metajax.meta_learner(metajax.batched(gradient, 2), optax.adam(0.01))
+  run = metajax.run(learner, sample, 60)
+  start = learner.init(jax.jit(model.init)(KEY))
+  program = jax.jit(run).lower(start, KEY)
+  assert "bf16" in program.as_text()
+  state, infos = program.compile()(start, KEY)
+  losses = np.asarray(infos.losses)[:, -1]
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+  assert losses[-10:].mean() < 0.5 * losses[:10].mean()

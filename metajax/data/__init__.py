@@ -2,12 +2,13 @@
 
 from metajax.data import few_shot, glyphs, mini_imagenet, omniglot, sine
 from metajax.data.few_shot import Classes, Splits
-from metajax.data.files import DataError
+from metajax.data.files import DataError, cache_directory
 
 __all__ = [
   "Classes",
   "DataError",
   "Splits",
+  "cache_directory",
   "few_shot",
   "glyphs",
   "mini_imagenet",

@@ -1,0 +1,340 @@
+"""What the benchmarks measure, free of flags: a case, its compiled meta-step, its count of work.
+
+Model FLOPs are counted from the network: a multiply-add is 2, a gradient is 3 forward passes, and
+differentiating through one inner gradient costs 2 gradients more. Only convolutions and dense
+layers count.
+"""
+
+import importlib.metadata
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import metajax
+
+ALGORITHMS = ("reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode", "evaluation")
+MODELS = ("omniglot", "omniglot_pool", "mini_imagenet", "sine")
+EXECUTIONS = ("vmap", "chunked", "serial", "sharded")
+INNER_RATES = {"adam": 1e-3, "sgd": 0.01}
+
+
+class Case(NamedTuple):
+  """One row of a table: 5-way tasks, or waves.
+
+  Attributes:
+    algorithm: one of `ALGORITHMS`; `"evaluation"` adapts and predicts, without a meta-gradient.
+    model: one of `MODELS`.
+    inner_steps: k, the losses of an episode, the tail included.
+    meta_batch: T, the tasks of a meta-step.
+    execution: one of `EXECUTIONS`.
+    convolution: `"patches"` or `"xla"`.
+    batch: examples of an inner minibatch.
+    tail: examples of the last one; of an evaluation, those predicted together.
+    optimizer: `"adam"` or `"sgd"` inside; through MAML it is SGD.
+    chunk: tasks at once, with `"chunked"`, and on each device with `"sharded"`.
+  """
+
+  algorithm: str
+  model: str
+  inner_steps: int
+  meta_batch: int
+  execution: str
+  convolution: str
+  batch: int
+  tail: int
+  optimizer: str
+  chunk: int
+
+
+class Program(NamedTuple):
+  """A case, compiled."""
+
+  case: Case
+  call: Callable[[], Any]
+  flops: float
+  lower_seconds: float
+  compile_seconds: float
+  temporary_bytes: int
+  gradient_error: float | None  # relative, of the first task's gradient; None if not judged
+
+
+class Network(NamedTuple):
+  """A model with the shape of its inputs and the FLOPs of one example's forward pass."""
+
+  model: metajax.Model
+  inputs: tuple[int, ...]
+  flops: float
+
+
+def network(name: str, convolution: Any) -> Network:
+  """The networks of the paper, for 5 ways; for waves 1-40-40-1, as in Finn et al. (2017)."""
+  if name == "sine":
+    return Network(metajax.models.sine((40, 40, 1)), (1,), 2 * (40 + 40 * 40 + 40))
+  if name == "mini_imagenet":
+    model = metajax.models.mini_imagenet(5, method=convolution)
+    return Network(model, (84, 84, 3), _convolution_flops(84, 3, 32, pool=True))
+  pool = name == "omniglot_pool"
+  model = metajax.models.omniglot(5, downsample="pool" if pool else "stride", method=convolution)
+  return Network(model, (28, 28, 1), _convolution_flops(28, 1, 64, pool))
+
+
+def _convolution_flops(size: int, channels: int, filters: int, pool: bool) -> float:
+  """Of four 3x3 convolutions, each followed or preceded by halving, and a dense layer to 5."""
+  total = 0
+  for _ in range(4):
+    halved = -(-size // 2)
+    positions = (size if pool else halved) ** 2
+    total += 2 * positions * 9 * channels * filters
+    size, channels = halved, filters
+  return total + 2 * size**2 * filters * 5
+
+
+def step_flops(case: Case, forward: float) -> float:
+  """Of a meta-step, by the convention in this module's docstring."""
+  through = 3 if case.algorithm.startswith("maml") else 1
+  inner = through * 3 * forward * case.batch * (case.inner_steps - 1)
+  if case.algorithm == "evaluation":
+    return case.meta_batch * (inner + 3 * forward * case.batch + forward * case.tail)
+  return case.meta_batch * (inner + 3 * forward * case.tail)
+
+
+def loss_of(case: Case, model: metajax.Model) -> Any:
+  """The mean over the minibatch, as most codes have it."""
+  make = metajax.losses.squared_error if case.model == "sine" else metajax.losses.cross_entropy
+  return make(model.apply, reduction="mean")
+
+
+def inner_optimizer(case: Case) -> str:
+  return "sgd" if case.algorithm.startswith("maml") else case.optimizer
+
+
+def random_episodes(case: Case, inputs: tuple[int, ...]) -> metajax.Episode:
+  """NumPy arrays `[T, ...]`, random, the same for the same sizes."""
+  rng = np.random.default_rng(0)
+  steps = case.inner_steps - 1
+
+  def examples(n: int) -> metajax.Examples:
+    shape = (case.meta_batch, n)
+    regression = case.model == "sine"
+    targets = rng.normal(size=(*shape, 1)) if regression else rng.integers(0, 5, shape)
+    return metajax.Examples(
+      rng.normal(size=(*shape, *inputs)).astype(np.float32),
+      targets.astype(np.float32 if regression else np.int32),
+    )
+
+  pool = max(case.batch, 50)  # of a fixed size, so that data do not grow with k
+  rows = np.arange(steps * case.batch, dtype=np.int32).reshape(steps, case.batch) % pool
+  schedule: Any = np.broadcast_to(rows, (case.meta_batch, *rows.shape))
+  return metajax.Episode(examples(pool), schedule, examples(case.tail))
+
+
+def compile_case(case: Case, *, judge: bool = True) -> Program:
+  """Compiles a meta-step ahead of time, on random data.
+
+  Args:
+    case: what to compile.
+    judge: run it once to compare its gradient with the plain loop's.
+  """
+  net = network(case.model, case.convolution)
+  episodes = random_episodes(case, net.inputs)
+  params = jax.jit(net.model.init)(jax.random.key(0))
+  build = _evaluation if case.algorithm == "evaluation" else _meta_step
+  function, arguments = build(case, net.model, params, episodes)
+  start = time.perf_counter()
+  lowered = jax.jit(function).lower(*arguments)
+  lowering = time.perf_counter() - start
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  compiling = time.perf_counter() - start
+  memory = compiled.memory_analysis()
+  # Every task the first one: then the mean gradient is that of a single task.
+  first = jax.tree.map(lambda leaf: np.repeat(leaf[:1], case.meta_batch, axis=0), episodes)
+  error = None
+  if judge and _has_a_plain_twin(case):
+    state, _ = compiled(arguments[0], _placed(case, first))
+    error = relative_error(state.outer[0].trace, plain_gradient(case, params, episodes))
+  return Program(
+    case,
+    partial(compiled, *arguments),
+    step_flops(case, net.flops),
+    lowering,
+    compiling,
+    memory.temp_size_in_bytes if memory is not None else 0,
+    error,
+  )
+
+
+def _has_a_plain_twin(case: Case) -> bool:
+  """`serial` hands Adam's state along, so that the same task's gradient is another each time."""
+  handed_along = case.execution == "serial" and inner_optimizer(case) == "adam"
+  return case.algorithm != "evaluation" and not handed_along
+
+
+def _meta_step(
+  case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
+) -> tuple[Any, tuple]:
+  """The whole of it: every task's gradient and the outer update."""
+  name = inner_optimizer(case)
+  rate = INNER_RATES[name]
+  inner = optax.adam(rate, b1=0.0) if name == "adam" else optax.sgd(rate)
+  estimator, _, cost = case.algorithm.partition("_")
+  gradient = getattr(metajax, estimator)(
+    loss_of(case, model), inner, **({cost: True} if cost else {})
+  )
+  chunk = min(case.chunk, case.meta_batch)
+  if case.execution == "serial":
+    gradient = metajax.serial(gradient)
+  elif case.execution == "sharded":
+    gradient = metajax.sharded(gradient, case.meta_batch, chunk=chunk)
+  else:
+    chunked = case.execution == "chunked"
+    gradient = metajax.batched(gradient, case.meta_batch, chunk=chunk if chunked else None)
+  # With momentum, the outer optimizer's first trace is the gradient itself, to be judged.
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1, momentum=0.9))
+  if case.execution == "sharded":
+    params = jax.device_put(params, jax.NamedSharding(metajax.task_mesh(), jax.P()))
+  return learner.step, (learner.init(params), _placed(case, episodes))
+
+
+def _evaluation(
+  case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
+) -> tuple[Any, tuple]:
+  """k steps on the pool, then the tail's inputs predicted together."""
+  inner = optax.adam(INNER_RATES["adam"], b1=0.0)
+  schedule = metajax.cycling(case.inner_steps, case.batch)
+  adapt = metajax.evaluate(loss_of(case, model), inner, schedule, metajax.transductive(model.apply))
+
+  def one(params: Any, episode: metajax.Episode) -> Any:
+    return adapt(params, None, jax.random.key(0), metajax.Task(episode.pool, episode.tail))
+
+  mesh = metajax.task_mesh(None if case.execution == "sharded" else jax.devices()[:1])
+  chunk = case.meta_batch if case.execution == "vmap" else case.chunk
+  return metajax.map_tasks(one, mesh, chunk=chunk), (params, _placed(case, episodes))
+
+
+def _placed(case: Case, episodes: metajax.Episode) -> metajax.Episode:
+  """On the device, or over the devices where these divide the tasks."""
+  mesh = metajax.task_mesh()
+  if case.execution == "sharded" and case.meta_batch % mesh.size == 0:
+    return jax.device_put(episodes, jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
+  return jax.device_put(episodes)
+
+
+def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
+  """The first task's meta-gradient by plain loops in float64, with XLA's own convolution.
+
+  MAML's by Equation 24: the last gradient times (I - alpha H_j), step by step backwards.
+  """
+  loss = loss_of(case, network(case.model, "xla").model)
+  adam, rate = inner_optimizer(case) == "adam", INNER_RATES[inner_optimizer(case)]
+  with jax.enable_x64(True):
+    doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
+    phi = start = jax.tree.map(doubled, params)
+    task = jax.tree.map(lambda leaf: doubled(leaf[0]), episodes)
+    gradient = jax.jit(jax.grad(loss))
+    product = jax.jit(
+      lambda phi, batch, v: jax.jvp(lambda p: jax.grad(loss)(p, batch), (phi,), (v,))[1]
+    )
+    batches = [
+      jax.tree.map(lambda leaf, rows=rows: leaf[rows], task.pool) for rows in task.schedule
+    ]
+    batches.append(task.tail)
+    path, second = [], jax.tree.map(np.zeros_like, phi)
+    for count, batch in enumerate(batches if case.algorithm == "reptile" else batches[:-1], 1):
+      path.append(phi)
+      g = update = gradient(phi, batch)
+      if adam:
+        second = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g**2, second, g)
+        update = jax.tree.map(
+          lambda s, g, n=count: g / (np.sqrt(s / (1 - 0.999**n)) + 1e-8), second, g
+        )
+      phi = jax.tree.map(lambda p, u: p - rate * u, phi, update)
+    if case.algorithm == "reptile":
+      return jax.tree.map(np.subtract, start, phi)
+    result = gradient(phi, task.tail)
+    if case.algorithm.startswith("maml"):
+      for phi, batch in reversed(list(zip(path, batches, strict=False))):
+        curved = product(phi, batch, result)
+        result = jax.tree.map(lambda r, c: r - rate * c, result, curved)
+    return jax.tree.map(np.asarray, result)
+
+
+def relative_error(ours: Any, exact: Any) -> float:
+  norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
+  ours, exact = _without_offsets(ours), _without_offsets(exact)
+  difference = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, ours, exact)
+  return float(norm(difference) / norm(exact))
+
+
+def _without_offsets(params: Any) -> Any:
+  """All but the convolutions' offsets: batch norm takes them away, so that their derivative is 0,
+  and Adam makes steps of its rounding errors."""
+  return {
+    module: {name: leaf for name, leaf in leaves.items() if (module[:4], name) != ("Conv", "bias")}
+    for module, leaves in params.items()
+  }
+
+
+def timed(call: Callable[[], Any]) -> float:
+  """Seconds until the results are there."""
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+  """Seconds of every call in every round, after one to warm up: drift meets all of them."""
+  for call in calls:
+    timed(call)
+  seconds: list[list[float]] = [[] for _ in calls]
+  for _ in range(rounds):
+    for times, call in zip(seconds, calls, strict=True):
+      times.append(timed(call))
+  return seconds
+
+
+class MatrixProducts(NamedTuple):
+  """Float32 products of square matrices, on every device at once."""
+
+  calls: list[Callable[[], Any]]
+  flops: list[float]
+
+  def rate(self, seconds: list[list[float]]) -> float:
+    """FLOP/s of the best size, by median."""
+    medians = [float(np.median(times)) for times in seconds]
+    return max(flops / median for flops, median in zip(self.flops, medians, strict=True))
+
+
+def matrix_products() -> MatrixProducts:
+  """The measure of the machine. Each device multiplies matrices of its own."""
+  mesh = metajax.task_mesh()
+  calls: list[Callable[[], Any]] = []
+  flops = []
+  for n in (512, 1024, 2048):
+    matrices = jax.device_put(
+      np.ones((mesh.size, n, n), np.float32), jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    )
+    calls.append(partial(jax.jit(jnp.matmul), matrices, matrices))
+    flops.append(2.0 * n**3 * mesh.size)
+  return MatrixProducts(calls, flops)
+
+
+def machine() -> dict[str, str]:
+  """Versions, device and commit, for a record."""
+  versions = {name: importlib.metadata.version(name) for name in ("metajax", "jax", "jaxlib")}
+  device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+  here = Path(__file__).parent
+  try:
+    described = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = subprocess.run(described, cwd=here, capture_output=True, text=True).stdout.strip()
+  except OSError:  # no git
+    commit = ""
+  return {**versions, "device": device, "commit": commit or "unknown"}

@@ -1,0 +1,45 @@
+"""Temporary memory against the number of inner steps, from the compiled programs: nothing is run.
+
+  python -m benchmarks.memory --inner_steps=1,10,100
+
+First-order meta-gradients need the same memory for any k; MAML keeps something of every step.
+Takes the flags of `benchmarks.wall_clock`, with defaults of its own.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from benchmarks import cases, wall_clock
+
+FLAGS = flags.FLAGS
+FLAGS.set_default("algorithms", ["reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode"])
+FLAGS.set_default("inner_steps", ["1", "2", "5", "10", "20", "50", "100"])
+FLAGS.set_default("meta_batch", ["1"])
+FLAGS.set_default("optimizer", "sgd")
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    sys.exit(f"memory: unexpected argument {argv[1]!r}: flags start with --")
+  wall_clock.set_up()
+  programs = [cases.compile_case(case, judge=False) for case in wall_clock.cases_from_flags()]
+  rows: dict[tuple, dict[int, int]] = {}
+  for program in programs:
+    case = program.case
+    name = (case.algorithm, case.model, case.meta_batch, case.execution, case.convolution)
+    rows.setdefault(name, {})[case.inner_steps] = program.temporary_bytes
+  steps = sorted({k for row in rows.values() for k in row})
+  machine = ", ".join(f"{name} {value}" for name, value in cases.machine().items())
+  print(f"{machine}; temporary megabytes\n")
+  head = ["algorithm", "model", "meta_batch", "execution", "convolution"]
+  print("| " + " | ".join(head + [f"k = {k}" for k in steps]) + " |")
+  print("|" + "---|" * (len(head) + len(steps)))
+  for name, row in rows.items():
+    cells = [*map(str, name), *(f"{row[k] / 1e6:.1f}" for k in steps)]
+    print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,102 @@
+"""metajax against PyTorch: the same networks, tasks and minibatches, in turns in one process.
+
+  pip install -e '.[bench]' && python -m benchmarks.peers --algorithms=maml --execution=sharded
+
+A peer that is not installed, or cannot do a workload, is named and left out. Takes the flags of
+`benchmarks.wall_clock`; `ratio` is a peer's median time over metajax's fastest here, and `apart`
+how far its gradient is from metajax's, relative. Inside Reptile is Adam, inside the others SGD.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import cases, wall_clock
+
+FLAGS = flags.FLAGS
+FLAGS.set_default("execution", ["sharded"])
+flags.DEFINE_list("peers", [], "Peers to run; by default all that can.")
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
+  try:
+    from benchmarks import torch_peers
+  except ImportError as error:
+    sys.exit(f"peers: {error}: pip install -e '.[bench]'")
+  unknown = sorted(set(FLAGS.peers) - set(torch_peers.PEERS))
+  if unknown:
+    sys.exit(f"peers: --peers={unknown[0]} is none of {', '.join(torch_peers.PEERS)}")
+  wall_clock.set_up()
+  products = cases.matrix_products()
+  groups: dict[tuple, list[cases.Case]] = {}
+  for case in wall_clock.cases_from_flags():
+    case = case._replace(optimizer="adam" if case.algorithm == "reptile" else "sgd")
+    algorithm = case.algorithm.partition("_")[0]
+    workload = (algorithm, case.model, case.inner_steps, case.meta_batch, case.batch, case.tail)
+    groups.setdefault(workload, []).append(case)
+  print(", ".join(f"{name} {value}" for name, value in cases.machine().items()))
+  for group, ours in groups.items():
+    compare(torch_peers, torch_peers.Workload(*group), ours, products)
+
+
+def compare(
+  torch_peers: Any,
+  workload: Any,
+  ours: list[cases.Case],
+  products: cases.MatrixProducts,
+) -> None:
+  """Prints one workload's table."""
+  net = cases.network(workload.model, ours[0].convolution)
+  episodes = cases.random_episodes(ours[0], net.inputs)
+  params = jax.device_get(jax.jit(net.model.init)(jax.random.key(0)))
+  data = torch_peers.Data(*episodes.pool, np.asarray(episodes.schedule), *episodes.tail)
+
+  names: list[str] = []
+  calls: list[Callable[[], Any]] = []
+  compiling: list[float] = []
+  for case in ours:
+    program = cases.compile_case(case, judge=False)
+    names.append(f"metajax {case.algorithm}, {case.execution}, {case.convolution}")
+    calls.append(program.call)
+    compiling.append(program.lower_seconds + program.compile_seconds)
+  gradient = calls[0]()[0].outer[0].trace
+  apart: list[float | None] = [None] * len(ours)
+  for name, build in torch_peers.PEERS.items():
+    if FLAGS.peers and name not in FLAGS.peers:
+      continue
+    try:
+      start = time.perf_counter()
+      call = build(workload, params, data)
+      found = call()  # what compiles, compiles here
+      first = time.perf_counter() - start
+    except (ImportError, NotImplementedError) as error:
+      print(f"{name}: {error}")
+      continue
+    names.append(name)
+    calls.append(call)
+    compiling.append(first - cases.timed(call))
+    apart.append(cases.relative_error(gradient, found))
+  seconds = cases.in_turns([*calls, *products.calls], FLAGS.repeats)
+  rate = products.rate(seconds[len(calls) :])
+  medians = [float(np.median(times)) for times in seconds[: len(calls)]]
+  best = min(medians[: len(ours)])
+  print(f"\n{workload}, matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n")
+  print("| | compile (s) | run (ms) | 10-90 % | ratio | apart |\n|---|---|---|---|---|---|")
+  rows = zip(names, compiling, seconds, medians, apart, strict=False)  # seconds has products, too
+  for name, compile_time, times, median, distance in rows:
+    low, high = 1e3 * np.percentile(times, (10, 90))
+    print(
+      f"| {name} | {max(0.0, compile_time):.1f} | {1e3 * median:.1f} | {low:.1f}-{high:.1f} "
+      f"| {median / best:.2f} | {'' if distance is None else f'{distance:.0e}'} |"
+    )
+
+
+if __name__ == "__main__":
+  app.run(main)
