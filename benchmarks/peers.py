@@ -7,6 +7,7 @@ A peer that is not installed, or cannot do a workload, is named and left out. Ta
 how far its gradient is from metajax's, relative. Inside Reptile is Adam, inside the others SGD.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ flags.DEFINE_list("peers", [], "Peers to run; by default all that can.")
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
+  os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that what compiles does so here
   try:
     from benchmarks import torch_peers
   except ImportError as error:
