@@ -116,6 +116,11 @@ def inner_optimizer(case: Case) -> str:
   return "sgd" if case.algorithm.startswith("maml") else case.optimizer
 
 
+def _inner(case: Case) -> optax.GradientTransformation:
+  name = inner_optimizer(case)
+  return optax.adam(INNER_RATES[name], b1=0.0) if name == "adam" else optax.sgd(INNER_RATES[name])
+
+
 def random_episodes(case: Case, inputs: tuple[int, ...]) -> metajax.Episode:
   """NumPy arrays `[T, ...]`, random, the same for the same sizes."""
   rng = np.random.default_rng(0)
@@ -155,10 +160,10 @@ def compile_case(case: Case, *, judge: bool = True) -> Program:
   compiled = lowered.compile()
   compiling = time.perf_counter() - start
   memory = compiled.memory_analysis()
-  # Every task the first one: then the mean gradient is that of a single task.
-  first = jax.tree.map(lambda leaf: np.repeat(leaf[:1], case.meta_batch, axis=0), episodes)
   error = None
   if judge and _has_a_plain_twin(case):
+    # Every task the first one: then the mean gradient is that of a single task.
+    first = jax.tree.map(lambda leaf: np.repeat(leaf[:1], case.meta_batch, axis=0), episodes)
     state, _ = compiled(arguments[0], _placed(case, first))
     error = relative_error(state.outer[0].trace, plain_gradient(case, params, episodes))
   return Program(
@@ -182,12 +187,9 @@ def _meta_step(
   case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
 ) -> tuple[Any, tuple]:
   """The whole of it: every task's gradient and the outer update."""
-  name = inner_optimizer(case)
-  rate = INNER_RATES[name]
-  inner = optax.adam(rate, b1=0.0) if name == "adam" else optax.sgd(rate)
   estimator, _, cost = case.algorithm.partition("_")
   gradient = getattr(metajax, estimator)(
-    loss_of(case, model), inner, **({cost: True} if cost else {})
+    loss_of(case, model), _inner(case), **({cost: True} if cost else {})
   )
   chunk = min(case.chunk, case.meta_batch)
   if case.execution == "serial":
@@ -208,9 +210,10 @@ def _evaluation(
   case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
 ) -> tuple[Any, tuple]:
   """k steps on the pool, then the tail's inputs predicted together."""
-  inner = optax.adam(INNER_RATES["adam"], b1=0.0)
   schedule = metajax.cycling(case.inner_steps, case.batch)
-  adapt = metajax.evaluate(loss_of(case, model), inner, schedule, metajax.transductive(model.apply))
+  adapt = metajax.evaluate(
+    loss_of(case, model), _inner(case), schedule, metajax.transductive(model.apply)
+  )
 
   def one(params: Any, episode: metajax.Episode) -> Any:
     return adapt(params, None, jax.random.key(0), metajax.Task(episode.pool, episode.tail))

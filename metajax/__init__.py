@@ -3,6 +3,7 @@
 from importlib import metadata
 
 from metajax import convolution, data, losses, models
+from metajax.backend import cores_as_devices, task_mesh
 from metajax.evaluation import Mean, evaluate, inductive, mean_and_interval, transductive
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, stateless
 from metajax.inner import LearnerState, Step, inner_step, inner_update
@@ -11,13 +12,11 @@ from metajax.minibatches import cycling, replacement, separate_tail, shared_tail
 from metajax.models import Model
 from metajax.parallel import (
   batched,
-  cores_as_devices,
   first_slot,
   map_tasks,
   sample_episodes,
   serial,
   sharded,
-  task_mesh,
 )
 from metajax.types import Episode, Examples, Task
 

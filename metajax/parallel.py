@@ -4,15 +4,14 @@ An episode, and so everything in `Info`, gains a leading task axis `[T, ...]` on
 gradient and the Info that come out are means over the tasks (Equation 5).
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax import backend
 from metajax.gradients import Info, MetaGradient
@@ -70,7 +69,6 @@ def batched(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
     chex.assert_tree_shape_prefix((inner_state, episodes), (num_tasks,))
-
     total, inner_state, infos = _over_slots(
       meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
     )
@@ -98,8 +96,8 @@ def serial(meta_gradient: MetaGradient) -> MetaGradient:
     zeros = jax.tree.map(jnp.zeros_like, params)
     (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
     num_tasks = episodes.schedule.shape[0]
-    losses = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
-    return _scaled(total, num_tasks), inner_state, losses
+    info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
+    return _scaled(total, num_tasks), inner_state, info
 
   return MetaGradient(meta_gradient.init, estimate)
 
@@ -209,30 +207,6 @@ def map_tasks(
   return mapped
 
 
-def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of one axis, "tasks", over the given devices, or all there are."""
-  devices = jax.devices() if devices is None else devices
-  return jax.make_mesh((len(devices),), ("tasks",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def cores_as_devices(count: int | None = None) -> None:
-  """Makes each CPU core a device of its own, so that `sharded` and `map_tasks` use them all.
-
-  XLA gains little from a second core inside one small task; cores that run tasks of their own gain
-  almost a factor of two each. A program calls this once, before it computes anything. Other
-  backends' devices stay as they are.
-
-  Args:
-    count: devices; by default the cores that this process may use.
-
-  Raises:
-    RuntimeError: if JAX has started already.
-  """
-  affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-  cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-  jax.config.update("jax_num_cpu_devices", cores if count is None else count)
-
-
 def first_slot(inner_state: InnerState) -> InnerState:
   """One of the inner states that `batched` keeps, to start an evaluation from."""
   return jax.tree.map(lambda leaf: leaf[0], inner_state)
@@ -283,7 +257,7 @@ def _over_slots(
 
 
 def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
-  mesh = task_mesh() if mesh is None else mesh
+  mesh = backend.task_mesh() if mesh is None else mesh
   if len(mesh.axis_names) != 1:
     raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
   return mesh, PartitionSpec(mesh.axis_names)

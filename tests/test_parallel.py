@@ -49,10 +49,11 @@ def test_sharded_is_vmap_on_any_number_of_devices(devices, chunk):
 
 def test_sharded_adds_gradients_in_one_all_reduce():
   gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(4), chunk=1)
-  arguments = PARAMS, gradient.init(PARAMS), problems.episodes(range(4), k=3)
-  spec = jax.NamedSharding(mesh(4), jax.P("tasks"))
-  arguments = PARAMS, arguments[1], jax.device_put(arguments[2], spec)
-  program = jax.jit(gradient.estimate).lower(*arguments).compile().as_text()
+  spread = jax.NamedSharding(mesh(4), jax.P("tasks"))
+  episodes = jax.device_put(problems.episodes(range(4), k=3), spread)
+  program = (
+    jax.jit(gradient.estimate).lower(PARAMS, gradient.init(PARAMS), episodes).compile().as_text()
+  )
   assert program.count(" all-reduce(") == 1
   for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert other not in program
@@ -68,12 +69,12 @@ def test_mapped_tasks_are_those_of_vmap(devices, chunk):
   jax.tree.map(np.testing.assert_array_equal, mapped, expected)
 
 
-def test_what_is_left_open_suits_the_backend():
-  """On CPU one task at a time: the program then loops over a device's tasks."""
-  gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(2))
-  arguments = PARAMS, gradient.init(PARAMS), problems.episodes(range(4), k=3)
-  loops = str(jax.make_jaxpr(gradient.estimate)(*arguments)).count("length=2")
-  assert loops >= 1
+@pytest.mark.parametrize(("chunk", "loops"), [(None, 1), (1, 1), (2, 0)])
+def test_what_is_left_open_suits_the_backend(chunk, loops):
+  """On CPU one task at a time: the program then loops over the two tasks of a device."""
+  gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(2), chunk=chunk)
+  arguments = PARAMS, gradient.init(PARAMS), problems.episodes(range(4), k=5)
+  assert str(jax.make_jaxpr(gradient.estimate)(*arguments)).count("length=2") == loops
 
 
 @pytest.mark.parametrize("lift", [metajax.sharded, metajax.map_tasks])
