@@ -66,35 +66,54 @@ class Program(NamedTuple):
   gradient_error: float | None  # relative, of the first task's gradient; None if not judged
 
 
+class Layer(NamedTuple):
+  """A convolution or dense layer as a product: of an example's patches and the kernel.
+
+  Attributes:
+    positions: of the outputs, the rows of an example's patches.
+    depth: entries of a patch, the rows of the kernel.
+    features: columns of the kernel.
+  """
+
+  positions: int
+  depth: int
+  features: int
+
+
 class Network(NamedTuple):
-  """A model with the shape of its inputs and the FLOPs of one example's forward pass."""
+  """A model with the shape of its inputs and its layers."""
 
   model: metajax.Model
   inputs: tuple[int, ...]
-  flops: float
+  layers: list[Layer]
+
+  @property
+  def flops(self) -> float:
+    """Of one example's forward pass."""
+    return 2.0 * sum(layer.positions * layer.depth * layer.features for layer in self.layers)
 
 
 def network(name: str, convolution: Any) -> Network:
   """The networks of the paper, for 5 ways; for waves 1-40-40-1, as in Finn et al. (2017)."""
   if name == "sine":
-    return Network(metajax.models.sine((40, 40, 1)), (1,), 2 * (40 + 40 * 40 + 40))
+    layers = [Layer(1, 1, 40), Layer(1, 40, 40), Layer(1, 40, 1)]
+    return Network(metajax.models.sine((40, 40, 1)), (1,), layers)
   if name == "mini_imagenet":
     model = metajax.models.mini_imagenet(5, method=convolution)
-    return Network(model, (84, 84, 3), _convolution_flops(84, 3, 32, pool=True))
+    return Network(model, (84, 84, 3), _convolutional(84, 3, 32, pool=True))
   pool = name == "omniglot_pool"
   model = metajax.models.omniglot(5, downsample="pool" if pool else "stride", method=convolution)
-  return Network(model, (28, 28, 1), _convolution_flops(28, 1, 64, pool))
+  return Network(model, (28, 28, 1), _convolutional(28, 1, 64, pool))
 
 
-def _convolution_flops(size: int, channels: int, filters: int, pool: bool) -> float:
-  """Of four 3x3 convolutions, each followed or preceded by halving, and a dense layer to 5."""
-  total = 0
+def _convolutional(size: int, channels: int, filters: int, pool: bool) -> list[Layer]:
+  """Four 3x3 convolutions, each followed or preceded by halving, and a dense layer to 5."""
+  layers = []
   for _ in range(4):
     halved = -(-size // 2)
-    positions = (size if pool else halved) ** 2
-    total += 2 * positions * 9 * channels * filters
+    layers.append(Layer((size if pool else halved) ** 2, 9 * channels, filters))
     size, channels = halved, filters
-  return total + 2 * size**2 * filters * 5
+  return [*layers, Layer(1, size**2 * filters, 5)]
 
 
 def step_flops(case: Case, forward: float) -> float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
+import scipy.special
 from numpy.typing import ArrayLike
 
 from metajax.inner import LearnerState, inner_update
@@ -98,6 +98,5 @@ def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> Mean:
   if sample.size == 1:
     return Mean(float(sample[0]), float("inf"))
   error = sample.std(ddof=1) / np.sqrt(sample.size)
-  return Mean(
-    float(sample.mean()), float(scipy.stats.t.ppf(0.5 + confidence / 2, sample.size - 1) * error)
-  )
+  quantile = scipy.special.stdtrit(sample.size - 1, 0.5 + confidence / 2)
+  return Mean(float(sample.mean()), float(quantile * error))

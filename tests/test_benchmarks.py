@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,20 @@ def test_memory_of_first_order_is_flat_in_the_number_of_steps():
   for algorithm in ("reptile", "fomaml"):
     assert megabytes[algorithm][1] <= megabytes[algorithm][0] + 0.1
   assert megabytes["maml"][1] > 2 * megabytes["maml"][0]
+
+
+def test_layers_add_up_the_products_of_a_gradient():
+  done = run("layers", "--model=sine", "--algorithms=maml", "--repeats=1", "--tail=4")
+  assert done.returncode == 0, done.stderr
+  rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+  work = 0  # a task's, from the table; the first layer has no gradient by its inputs
+  for row in rows:
+    work += 2 * math.prod(map(int, row[1].split("x"))) * int(row[2])
+    assert float(row[3]) > 0
+  forward = cases.network("sine", None).flops
+  saved = 2 * 40 * (2 * 3 + 4)
+  assert work == 3 * forward * (2 * 3 + 4) - saved
+  assert "its products alone" in done.stdout
 
 
 def test_peers_compute_the_same_gradient():
