@@ -5,12 +5,16 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import matplotlib
@@ -28,12 +32,10 @@ from metajax.checkpoint import checkpoints
 # A data set that a program closes over becomes an argument of it, not a constant copied into it.
 jax.config.update("jax_use_simplified_jaxpr_constants", True)
 
-PROTOCOLS = ("transductive", "inductive")
-TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
-
+T = TypeVar("T")
 Record = dict[str, Any]
-# (params, inner_state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, from task `first` on
-Judge = Callable[..., dict[str, jax.Array]]
+_STOPPING = threading.Event()  # set when one of several runs fails
+_DRAWING = threading.Lock()  # pyplot is one for all threads
 
 
 # fmt: off
@@ -42,7 +44,10 @@ _SHARED_FLAGS = (
   flags.DEFINE_integer("eval_tasks", None,
     "Test tasks of the final result; each experiment has its default."),
   flags.DEFINE_integer("seed", 0, "Of everything random."),
+  flags.DEFINE_integer("seeds", 1,
+    "Runs, from --seed on; the result is their mean, with the deviation between them."),
   flags.DEFINE_string("out", None, "Run folder; by default a new one under runs/."),
+  flags.DEFINE_bool("plot_only", False, "Train nothing: draw anew what --out holds."),
 )
 # fmt: on
 
@@ -65,53 +70,112 @@ def main(
   argv: list[str],
   own_flags: Iterable[flags.FlagHolder],
   own_defaults: dict[str, Any],
-  prepare: Callable[[SimpleNamespace], tuple],
-  run: Callable[..., Any],
+  prepare: Callable[[SimpleNamespace], Callable[[], Any]],
 ) -> None:
-  """A binary: `run(settings, *prepare(settings))`; what `prepare` complains of ends in one line."""
+  """A binary: `prepare` checks everything and returns what to run; its complaints are one line."""
   if len(argv) > 1:
     sys.exit(f"{name}: unexpected argument {argv[1]!r}: flags start with --")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # every save would log some forty lines
   metajax.cores_as_devices()
   jax.config.update("jax_compilation_cache_dir", str(metajax.data.cache_directory() / "compiled"))
-  given = {flag.name: flag.value for flag in (*_SHARED_FLAGS, *own_flags)}
-  given |= {flag: value for flag, value in own_defaults.items() if given[flag] is None}
-  settings = SimpleNamespace(**given)
+  present = lambda flag: flags.FLAGS[flag.name].present
+  given = {
+    flag.name: flag.value if present(flag) else own_defaults.get(flag.name, flag.default)
+    for flag in (*_SHARED_FLAGS, *own_flags)
+  }
   try:
-    prepared = prepare(settings)
+    run = prepare(SimpleNamespace(**given))
   except (ValueError, OSError) as error:
     sys.exit(f"{name}: {error}")
-  run(settings, *prepared)
+  run()
 
 
-def on_all_devices(tree: Any) -> Any:
-  """A copy on each device, where `metajax.sharded` looks for it; what is spread over them stays."""
-  mesh = metajax.task_mesh()
+def changed(settings: SimpleNamespace, **changes: Any) -> SimpleNamespace:
+  return SimpleNamespace(**{**vars(settings), **changes})
+
+
+def of_each_seed(settings: SimpleNamespace) -> list[SimpleNamespace]:
+  """The settings of `--seeds` runs, each in a folder of its own inside `--out`."""
+  seeds = range(settings.seed, settings.seed + settings.seeds)
+  return [
+    changed(settings, seed=seed, seeds=1, out=os.path.join(settings.out, f"seed{seed}"))
+    for seed in seeds
+  ]
+
+
+def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A copy on each device of the mesh; what is spread over them stays."""
 
   def place(leaf: jax.Array) -> jax.Array:
-    spread = len(leaf.sharding.device_set) == mesh.size
-    return leaf if spread else jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
+    there = leaf.sharding.device_set == set(mesh.devices.flat)
+    return leaf if there else jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
 
   return jax.tree.map(place, tree)
 
 
+def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
+  """The results of jobs that do not need each other, each on a device of its own.
+
+  A job is given a mesh of one device. After an exception in one, the others end at their next call
+  of `train`'s compiled loop.
+  """
+  free: SimpleQueue[jax.sharding.Mesh] = SimpleQueue()
+  for device in jax.devices():
+    free.put(metajax.task_mesh([device]))
+
+  def work(job: Callable[[jax.sharding.Mesh], T]) -> T:
+    mesh = free.get()
+    try:
+      if _STOPPING.is_set():
+        raise RuntimeError("another run failed")
+      with jax.default_device(mesh.devices.flat[0]):
+        return job(mesh)
+    except BaseException:
+      _STOPPING.set()
+      raise
+    finally:
+      free.put(mesh)
+
+  with ThreadPoolExecutor(len(jax.devices())) as pool:
+    futures = [pool.submit(work, job) for job in jobs]
+    try:
+      return [future.result() for future in futures]
+    except BaseException:
+      _STOPPING.set()
+      pool.shutdown(cancel_futures=True)
+      raise
+    finally:
+      _STOPPING.clear()
+
+
 def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
   """Refuses shared flags, and others that count something, if they are out of range."""
-  for name in ("meta_steps", *at_least_one):
+  for name in ("meta_steps", "seeds", *at_least_one):
     if getattr(settings, name) < 1:
       raise ValueError(f"--{name}={getattr(settings, name)} must be at least 1")
   if settings.eval_tasks < 2:
     raise ValueError(f"--eval_tasks={settings.eval_tasks} must be at least 2")
-  if not 0 <= settings.seed < 2**32:
+  if not 0 <= settings.seed < 2**32 - settings.seeds:
     raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
+  if settings.plot_only and settings.out is None:
+    raise ValueError("--plot_only draws what --out holds: give an --out")
 
 
-def open_folder(name: str, settings: SimpleNamespace) -> "RunFolder":
-  """The folder that --out names, or a new one; nothing is written yet."""
-  given = {flag: value for flag, value in vars(settings).items() if value is not None}
-  out = given.pop("out", None) or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
-  return RunFolder(out, given)
+def folder_name(name: str, settings: SimpleNamespace) -> str:
+  """What --out names, or a new folder."""
+  return settings.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
+
+
+def open_folder(settings: SimpleNamespace) -> "RunFolder":
+  """The folder that --out names; nothing is written yet."""
+  elsewhere = ("out", "plot_only", "seeds", "data_dir", "cache_dir")  # where, but not what
+  given = {
+    flag: ",".join(map(str, value)) if isinstance(value, list) else value
+    for flag, value in vars(settings).items()
+    if value is not None and flag not in elsewhere
+  }
+  return RunFolder(settings.out, given)
 
 
 def versions() -> dict[str, str]:
@@ -167,11 +231,7 @@ class RunFolder:
       ) from error
 
   def records(self) -> list[Record]:
-    """The lines of metrics.jsonl; one that was cut off by a kill is left out."""
-    if not self.metrics.exists():
-      return []
-    text = self.metrics.read_text()
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return read_records(self.path)
 
   def truncate(self, step: int) -> None:
     """Forgets the records after a step."""
@@ -184,10 +244,46 @@ class RunFolder:
       file.flush()
       os.fsync(file.fileno())
 
+  def result(self) -> Record | None:
+    """What `finish` wrote, if it has."""
+    return finished(self.path) if (self.path / "result.json").exists() else None
+
   def finish(self, result: Record) -> None:
-    """Writes result.json and draws the learning curve."""
-    replace_file(self.path / "result.json", json.dumps(result, indent=2) + "\n")
-    draw_learning_curve(self.records(), self.path / "learning_curve.png")
+    """Writes result.json: the run is complete."""
+    write_json(self.path / "result.json", result)
+
+
+def read_records(folder: Path) -> list[Record]:
+  """The lines of a run's metrics.jsonl; one that was cut off by a kill is left out."""
+  path = folder / "metrics.jsonl"
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def finished(out: str | os.PathLike) -> Record:
+  """The result.json of a complete run.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  path = Path(out, "result.json")
+  if not path.exists():
+    raise ValueError(f"{out} holds no complete run to draw: train it first, without --plot_only")
+  return json.loads(path.read_text())
+
+
+def logged(out: str | os.PathLike) -> list[Record]:
+  """What a run has left to draw.
+
+  Raises:
+    ValueError: if there is nothing.
+  """
+  found = read_records(Path(out))
+  if not found:
+    raise ValueError(f"{out} holds no run to draw: train first, without --plot_only")
+  return found
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -198,6 +294,10 @@ def replace_file(path: Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   beside.replace(path)
+
+
+def write_json(path: Path, content: Record) -> None:
+  replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def describe(splits: metajax.data.Splits) -> str:
@@ -220,33 +320,50 @@ def train(
   meta_steps: int,
   eval_every: int,
   evaluate: Callable[[metajax.MetaState], Record],
+  summary: Callable[[Record], str],
   folder: RunFolder,
   steps_per_call: int,
+  mesh: jax.sharding.Mesh,
+  label: str = "meta-training",
 ) -> tuple[metajax.MetaState, float]:
   """Trains to `meta_steps` from what the folder holds; judges and saves every `eval_every`.
+
+  Args:
+    learner: what to train.
+    sample_episodes: of a meta-step.
+    state: where to start if the folder holds no checkpoint.
+    key: of all sampling.
+    meta_steps: where to stop.
+    eval_every: meta-steps between two records.
+    evaluate: the record of a state.
+    summary: the record as a line.
+    folder: gets records and checkpoints.
+    steps_per_call: meta-steps in one call of the compiled loop.
+    mesh: where the state lives.
+    label: of the progress bar.
 
   Returns:
     The last state, and the seconds spent in compiled training steps, earlier sittings included.
   """
   saved = checkpoints(folder.path / "checkpoints")
   restored = saved.restore(state)
-  state, key = on_all_devices((state if restored is None else restored, key))
+  state, key = on_mesh((state if restored is None else restored, key), mesh)
   step = int(state.step)
   folder.truncate(step)
   records = folder.records()
   seconds = records[-1]["seconds"] if records else 0.0
   if restored is not None:
-    print(f"going on from meta-step {step} of {folder.path}", flush=True)
+    tqdm.write(f"going on from meta-step {step} of {folder.path}")
 
   programs: dict[int, Callable[..., Any]] = {}  # by number of steps
   if not records:
     record = {"step": step, "seconds": 0.0, **evaluate(state)}
     folder.append(record)
-    print(_summary(record), flush=True)
-  with tqdm(
-    total=meta_steps, initial=step, unit="step", desc="meta-training", smoothing=0.1
-  ) as bar:
+    tqdm.write(f"{label}: {summary(record)}")
+  with progress(total=meta_steps, initial=step, unit="step", desc=label, mesh=mesh) as bar:
     while step < meta_steps:
+      if _STOPPING.is_set():
+        raise RuntimeError(f"{folder.path} stopped at meta-step {step}, since another run failed")
       until_evaluation = min(meta_steps, (step // eval_every + 1) * eval_every) - step
       steps = min(steps_per_call, until_evaluation)
       if steps not in programs:
@@ -265,67 +382,117 @@ def train(
         record |= evaluate(state)
         folder.append(record)
         saved.save(state)
-        bar.write(_summary(record), file=sys.stdout)
+        tqdm.write(f"{label}: {summary(record)}")
   saved.close()
   return state, seconds
 
 
-def accuracies(
-  judge: Judge,
-  params: Any,
-  inner_state: Any,
-  key: jax.Array,
-  num_tasks: int,
-  label: str,
-) -> dict[str, np.ndarray]:
-  """Accuracy on each of `num_tasks` tasks, by protocol, a few tasks a call under a progress bar."""
-  parts = []
-  with tqdm(total=num_tasks, unit="task", desc=label, leave=False) as bar:
-    for first in range(0, num_tasks, TASKS_PER_CALL):
-      parts.append(jax.device_get(judge(params, inner_state, key, jax.numpy.int32(first))))
-      bar.update(min(TASKS_PER_CALL, num_tasks - first))
-  return {name: np.concatenate([part[name] for part in parts])[:num_tasks] for name in PROTOCOLS}
+def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:
+  """A progress bar; runs side by side have a line each."""
+  line = mesh.devices.flat[0].id if mesh.size == 1 else 0
+  return tqdm(**options, position=line, leave=False, smoothing=0.1)
 
 
-def with_interval(values: dict[str, np.ndarray]) -> Record:
-  """`{protocol: {"accuracy", "interval95"}}`, as fractions."""
-  summary = {}
-  for name in PROTOCOLS:
-    mean, interval = metajax.mean_and_interval(values[name])
-    summary[name] = {"accuracy": round(mean, 6), "interval95": round(interval, 6)}
-  return summary
+def with_intervals(values: dict[str, np.ndarray]) -> Record:
+  """`{cell: {"accuracy", "interval95"}}`, as fractions."""
+  cells = {}
+  for name, column in values.items():
+    mean, interval = metajax.mean_and_interval(column)
+    cells[name] = {"accuracy": round(mean, 6), "interval95": round(interval, 6)}
+  return cells
+
+
+def cells_over_seeds(results: Sequence[Record]) -> Record:
+  """The cells of one run; of several their mean, the deviation between the runs, and the mean of
+  the intervals within them."""
+  if len(results) == 1:
+    return results[0]["cells"]
+  cells = {}
+  for name in results[0]["cells"]:
+    column = lambda key, name=name: np.array([result["cells"][name][key] for result in results])
+    cells[name] = {
+      "accuracy": round(float(column("accuracy").mean()), 6),
+      "deviation_between_seeds": round(float(column("accuracy").std(ddof=1)), 6),
+      "interval95_within_a_run": round(float(column("interval95").mean()), 6),
+      "seeds": len(results),
+      "tasks": results[0]["cells"][name]["tasks"],
+    }
+  return cells
 
 
 def percent(cell: Record) -> str:
-  return f"{100 * cell['accuracy']:.2f} +- {100 * cell['interval95']:.2f} %"
+  """The two kinds of uncertainty are named."""
+  mean = f"{100 * cell['accuracy']:.2f}"
+  if "seeds" in cell:
+    between, within = cell["deviation_between_seeds"], cell["interval95_within_a_run"]
+    return (
+      f"{mean} % (deviation between {cell['seeds']} seeds {100 * between:.2f}, "
+      f"95 % interval over tasks +- {100 * within:.2f})"
+    )
+  return f"{mean} +- {100 * cell['interval95']:.2f} %"
 
 
-def _summary(record: Record) -> str:
+def learning_curve_summary(record: Record) -> str:
   cells = [
-    f"{split} {name} {percent(record[split][name])}"
+    f"{split} {name} {percent(cell)}"
     for split in ("train", "test")
-    for name in PROTOCOLS
+    for name, cell in record.get(split, {}).items()
   ]
   return f"step {record['step']}: " + ", ".join(cells)
 
 
-def draw_learning_curve(records: list[Record], path: Path) -> None:
-  """Accuracy against meta-steps, both protocols, train and test tasks, with 95 % intervals."""
-  figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-  steps = [record["step"] for record in records]
-  for split, style in (("test", "-"), ("train", "--")):
-    for name, color in zip(PROTOCOLS, ("tab:blue", "tab:orange"), strict=True):
-      cells = [record[split][name] for record in records]
-      mean = 100 * np.array([cell["accuracy"] for cell in cells])
-      interval = 100 * np.array([cell["interval95"] for cell in cells])
-      axes.plot(steps, mean, style, color=color, marker=".", label=f"{split} tasks, {name}")
-      if split == "test":
-        axes.fill_between(steps, mean - interval, mean + interval, color=color, alpha=0.2, lw=0)
-  axes.set_xlabel("meta-steps")
-  axes.set_ylabel("accuracy after adaptation (%)")
-  axes.grid(alpha=0.3)
-  axes.legend(
-    loc="lower right", title="band: 95 % interval over tasks", fontsize=8, title_fontsize=8
+class Curve(NamedTuple):
+  """Accuracy in percent against meta-steps, with half the height of a band."""
+
+  steps: np.ndarray
+  mean: np.ndarray
+  band: np.ndarray
+
+
+def curve(runs: Sequence[list[Record]], split: str, name: str) -> Curve:
+  """One cell over time; the band is the 95 % interval over tasks of one run, or the standard
+  deviation between several."""
+  length = min(map(len, runs))
+  steps = np.array([record["step"] for record in runs[0][:length]])
+  values = lambda key: (
+    100 * np.array([[record[split][name][key] for record in run[:length]] for run in runs])
   )
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  accuracy = values("accuracy")
+  band = values("interval95")[0] if len(runs) == 1 else accuracy.std(axis=0, ddof=1)
+  return Curve(steps, accuracy.mean(axis=0), band)
+
+
+def band_title(num_runs: int) -> str:
+  if num_runs == 1:
+    return "band: 95 % interval over tasks"
+  return f"band: standard deviation between {num_runs} seeds"
+
+
+def draw_learning_curve(runs: Sequence[list[Record]], path: Path) -> None:
+  """Accuracy against meta-steps of one run, or of one a seed: every cell, train and test tasks."""
+  with drawing(path, figsize=(6.4, 4.0)) as figure:
+    axes = figure.subplots()
+    for split, style in (("test", "-"), ("train", "--")):
+      for number, name in enumerate(runs[0][0].get(split, {})):
+        steps, mean, band = curve(runs, split, name)
+        color = f"C{number}"
+        axes.plot(steps, mean, style, color=color, marker=".", label=f"{split} tasks, {name}")
+        if split == "test":
+          axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.2, lw=0)
+    axes.set_xlabel("meta-steps")
+    axes.set_ylabel("accuracy after adaptation (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", title=band_title(len(runs)), fontsize=8, title_fontsize=8)
+
+
+@contextmanager
+def drawing(path: Path, **options: Any) -> Iterator[plt.Figure]:
+  """A figure, saved as PNG beside `path`'s stem, and as SVG if `path` has no suffix."""
+  with _DRAWING:
+    figure = plt.figure(layout="constrained", **options)
+    try:
+      yield figure
+      for suffix in [path.suffix] if path.suffix else [".png", ".svg"]:
+        figure.savefig(path.with_suffix(suffix), dpi=150)
+    finally:
+      plt.close(figure)

@@ -4,25 +4,36 @@
   python -m experiments.few_shot --flagfile=experiments/flags/omniglot_5shot_5way_reptile.flags
 
 The run folder (--out) gets flags.txt, metrics.jsonl, result.json, learning_curve.png and
-checkpoints; the same command with the same --out goes on where it stopped.
+checkpoints; the same command with the same --out goes on where it stopped. With --seeds each run
+has a folder of its own inside.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import app, flags
 
 import metajax
 from experiments import common
 
+TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
+_FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
+
+# (params, inner_state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, from task `first` on
+Judge = Callable[..., dict[str, jax.Array]]
+
 _GLYPHS, _OMNIGLOT, _MINI_IMAGENET = "glyphs", "omniglot", "mini_imagenet"
 
 # fmt: off
-_FLAGS = (
+FLAGS = (
   flags.DEFINE_enum("dataset", _GLYPHS, [_GLYPHS, _OMNIGLOT, _MINI_IMAGENET],
     "Where tasks come from; glyphs needs no data."),
   flags.DEFINE_string("data_dir", None,
@@ -31,10 +42,13 @@ _FLAGS = (
     "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax."),
   flags.DEFINE_enum("omniglot_protocol", "pooled", ["pooled", "alphabets"],
     "The paper's random 1200 / 423 characters, or the background / evaluation alphabets."),
-  flags.DEFINE_enum("algorithm", "reptile", ["reptile", "fomaml", "maml", "joint"],
-    "joint is the baseline: Reptile with one inner step (for SGD, joint training on all tasks)."),
+  flags.DEFINE_enum("algorithm", "reptile", ["reptile", "fomaml", "maml", "combine", "joint"],
+    "combine sums --weights of the inner optimizer's updates; joint is the baseline: Reptile with "
+    "one inner step (for SGD, joint training on all tasks)."),
+  flags.DEFINE_list("weights", None, "Of combine: --inner_steps numbers."),
   flags.DEFINE_integer("ways", 5, "Classes of a task."),
-  flags.DEFINE_integer("shots", 5, "Examples of each class to adapt on when judged."),
+  flags.DEFINE_list("eval_shots", ["5"],
+    "Examples of each class to adapt on when judged; several numbers are judged one by one."),
   flags.DEFINE_integer("train_shots", 10,
     "Examples of each class in a training task, those of the tail included."),
   flags.DEFINE_enum("tail", "shared", ["shared", "separate"],
@@ -72,23 +86,23 @@ _FLAGS = (
     "What the last layer sees: all positions, or their mean as in Finn et al.'s network."),
   flags.DEFINE_enum("convolution", None, ["patches", "xla"],
     "How to convolve; by default whichever is faster on this backend."),
-  flags.DEFINE_integer("eval_batch", 5, "Examples of a minibatch when judged."),
+  flags.DEFINE_list("eval_batch", ["5"],
+    "Examples of a minibatch when judged; one number, or one for each of --eval_shots."),
   flags.DEFINE_integer("eval_steps", 50, "Inner steps when judged."),
   flags.DEFINE_integer("eval_queries", 1, "Test examples of each class when judged."),
   flags.DEFINE_integer("eval_every", 200,
     "Meta-steps between points of the learning curve; the state is saved at each."),
-  flags.DEFINE_integer("curve_tasks", 50, "Train and test tasks of each point."),
+  flags.DEFINE_integer("curve_tasks", 50, "Tasks of each split at each point."),
+  flags.DEFINE_list("curve_splits", ["train", "test"], "Which tasks the learning curve is of."),
 )
 # fmt: on
 _DEFAULTS = {"meta_steps": 600, "eval_tasks": 300}
 
 _AT_LEAST_ONE = (
-  "shots",
   "train_shots",
   "inner_batch",
   "inner_steps",
   "meta_batch",
-  "eval_batch",
   "eval_steps",
   "eval_queries",
   "eval_every",
@@ -104,12 +118,42 @@ class Experiment(NamedTuple):
   learner: metajax.MetaLearner
   sample_episodes: Callable[[jax.Array], metajax.Episode]
   inner_state: Callable[[metajax.MetaState], Any]  # what an evaluation starts from
-  judges: dict[str, common.Judge]  # by split, "train" and "test"
+  judges: dict[str, dict[str, Judge]]  # by split, "train" and "test", and shots, as "5-shot"
+  mesh: jax.sharding.Mesh
 
 
 def _held_back(settings: SimpleNamespace) -> int:
   """Examples of each class that only the tail sees."""
   return settings.tail_shots if settings.tail == "separate" else 0
+
+
+def _numbers(settings: SimpleNamespace, name: str, kind: Callable[[str], Any]) -> list[Any]:
+  """The entries of a flag that is a list."""
+  try:
+    numbers = [kind(entry) for entry in getattr(settings, name)]
+  except ValueError:
+    numbers = []
+  if not numbers or not all(map(math.isfinite, numbers)):
+    given = ",".join(map(str, getattr(settings, name)))
+    raise ValueError(f"--{name}={given} must be numbers separated by commas")
+  return numbers
+
+
+def _shots_and_batches(settings: SimpleNamespace) -> list[tuple[int, int]]:
+  """Of every evaluation: examples of each class, and of a minibatch."""
+  shots = _numbers(settings, "eval_shots", int)
+  batches = _numbers(settings, "eval_batch", int)
+  for name, numbers in (("eval_shots", shots), ("eval_batch", batches)):
+    if min(numbers) < 1:
+      raise ValueError(f"--{name}={min(numbers)} must be at least 1")
+  if len(set(shots)) < len(shots):
+    raise ValueError(f"--eval_shots={','.join(map(str, shots))} must be different numbers")
+  if len(batches) not in (1, len(shots)):
+    raise ValueError(
+      f"--eval_batch={','.join(map(str, batches))} must be one number, or one for each of "
+      f"--eval_shots={','.join(map(str, shots))}"
+    )
+  return list(zip(shots, batches * len(shots) if len(batches) == 1 else batches, strict=True))
 
 
 def check(settings: SimpleNamespace) -> None:
@@ -125,6 +169,19 @@ def check(settings: SimpleNamespace) -> None:
   for name in ("outer_rate_final", "inner_eps_root"):
     if not 0 <= getattr(settings, name) < float("inf"):
       raise ValueError(f"--{name}={getattr(settings, name)} must not be negative, and finite")
+  _shots_and_batches(settings)
+  unknown = sorted(set(settings.curve_splits) - {"train", "test"})
+  if unknown or not settings.curve_splits:
+    raise ValueError("--curve_splits must be train, test or both, separated by a comma")
+  if (settings.algorithm == "combine") != (settings.weights is not None):
+    raise ValueError("--weights and --algorithm=combine go together")
+  if settings.weights is not None:
+    weights = _numbers(settings, "weights", float)
+    if len(weights) != settings.inner_steps:
+      raise ValueError(
+        f"--weights has {len(weights)} numbers for --inner_steps={settings.inner_steps}: "
+        "give one for each"
+      )
   held_back = _held_back(settings)
   if held_back >= settings.train_shots:
     raise ValueError(
@@ -168,8 +225,10 @@ def load(settings: SimpleNamespace) -> metajax.data.Splits:
   )
 
 
-def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
-  """From flags to functions."""
+def build(
+  settings: SimpleNamespace, splits: metajax.data.Splits, mesh: jax.sharding.Mesh
+) -> Experiment:
+  """From flags to functions; the data must be on the mesh."""
   network = (
     metajax.models.mini_imagenet if settings.dataset == _MINI_IMAGENET else metajax.models.omniglot
   )
@@ -186,6 +245,9 @@ def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
     "joint": metajax.reptile,
     "fomaml": metajax.fomaml,
     "maml": metajax.maml,
+    "combine": lambda loss, inner: metajax.combine(
+      loss, inner, _numbers(settings, "weights", float), of_updates=True
+    ),
   }
   gradient = estimators[settings.algorithm](loss, inner)
   inner_state: Callable[[metajax.MetaState], Any]
@@ -195,7 +257,7 @@ def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
     gradient = metajax.serial(gradient)
     inner_state = lambda state: state.inner
   elif settings.execution == "sharded":
-    gradient = metajax.sharded(gradient, settings.meta_batch, chunk=settings.chunk)
+    gradient = metajax.sharded(gradient, settings.meta_batch, mesh, chunk=settings.chunk)
     inner_state = lambda state: metajax.first_slot(state.inner)
   else:
     chunk = (settings.chunk or 1) if settings.execution == "chunked" else None
@@ -226,22 +288,29 @@ def build(settings: SimpleNamespace, splits: metajax.data.Splits) -> Experiment:
     metajax.sample_episodes(sample_task, make_episode, settings.meta_batch),
     inner_state,
     {
-      split: _judge(settings, classes, model, loss, inner)
+      split: {
+        f"{shots}-shot": _judge(settings, shots, batch, classes, model, loss, inner, mesh)
+        for shots, batch in _shots_and_batches(settings)
+      }
       for split, classes in (("train", splits.train), ("test", splits.test))
     },
+    mesh,
   )
 
 
 def _judge(
   settings: SimpleNamespace,
+  shots: int,
+  batch: int,
   classes: metajax.data.Classes,
   model: metajax.Model,
   loss: Any,
   inner: optax.GradientTransformation,
-) -> common.Judge:
+  mesh: jax.sharding.Mesh,
+) -> Judge:
   """Accuracy on tasks of these classes by both protocols, after one adaptation."""
   sample_task = metajax.data.few_shot.sample_task(
-    classes, ways=settings.ways, train_shots=settings.shots, test_shots=settings.eval_queries
+    classes, ways=settings.ways, train_shots=shots, test_shots=settings.eval_queries
   )
   protocols = {
     "transductive": metajax.transductive(model.apply),
@@ -250,7 +319,7 @@ def _judge(
   adapt_and_predict = metajax.evaluate(
     loss,
     inner,
-    metajax.cycling(settings.eval_steps, settings.eval_batch),
+    metajax.cycling(settings.eval_steps, batch),
     lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
   )
 
@@ -268,40 +337,63 @@ def _judge(
   def judge(
     params: Any, inner_state: Any, key: jax.Array, first: jax.Array
   ) -> dict[str, jax.Array]:
-    indices = first + jnp.arange(common.TASKS_PER_CALL)
+    indices = first + jnp.arange(TASKS_PER_CALL)
     tasks = jax.vmap(draw, in_axes=(None, 0))(key, indices)
-    return metajax.map_tasks(one)((params, inner_state), tasks)
+    return metajax.map_tasks(one, mesh)((params, inner_state), tasks)
 
   return jax.jit(judge)
 
 
-def prepare(settings: SimpleNamespace) -> tuple[Experiment, common.RunFolder]:
+def prepare(
+  settings: SimpleNamespace, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Experiment, common.RunFolder]:
   """Checks the flags, reads the data, builds the experiment and opens its folder.
+
+  Args:
+    settings: of one run, `out` included.
+    mesh: where to run; by default all devices.
 
   Raises:
     ValueError: if a flag or the data is no good; nothing has been written over then.
   """
   check(settings)
-  folder = common.open_folder(f"few_shot-{settings.dataset}", settings)
-  splits = common.on_all_devices(load(settings))
-  experiment = build(settings, splits)
+  folder = common.open_folder(settings)
+  mesh = metajax.task_mesh() if mesh is None else mesh
+  splits = common.on_mesh(load(settings), mesh)
+  experiment = build(settings, splits, mesh)
   folder.begin(common.describe(splits))
   return experiment, folder
 
 
 def run(
-  settings: SimpleNamespace, experiment: Experiment, folder: common.RunFolder
+  settings: SimpleNamespace,
+  experiment: Experiment,
+  folder: common.RunFolder,
+  label: str = "meta-training",
 ) -> dict[str, Any]:
-  """Trains, judges and reports; returns what it writes to result.json."""
+  """Trains and judges; returns what it writes to result.json. A complete run is left as it is."""
+  complete = folder.result()
+  if complete is not None:
+    return complete
   init_key, train_key, curve_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
   def judge(state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int) -> dict[str, Any]:
-    inner_state = experiment.inner_state(state)
-    judge = experiment.judges[split]
-    values = common.accuracies(judge, state.params, inner_state, key, num_tasks, f"{split} tasks")
-    return common.with_interval(values)
+    """Accuracy on each task, by cell."""
+    inner_state, values = experiment.inner_state(state), {}
+    for shots, judge in experiment.judges[split].items():
+      parts = []
+      with common.progress(
+        total=num_tasks, unit="task", desc=f"{label}, {shots} {split} tasks", mesh=experiment.mesh
+      ) as bar:
+        for first in range(0, num_tasks, TASKS_PER_CALL):
+          parts.append(jax.device_get(judge(state.params, inner_state, key, jnp.int32(first))))
+          bar.update(min(TASKS_PER_CALL, num_tasks - first))
+      for protocol in parts[0]:
+        column = np.concatenate([part[protocol] for part in parts])
+        values[f"{shots} {protocol}"] = column[:num_tasks]
+    return values
 
   state, seconds = common.train(
     experiment.learner,
@@ -312,15 +404,22 @@ def run(
     eval_every=settings.eval_every,
     steps_per_call=settings.steps_per_call,
     evaluate=lambda state: {
-      split: judge(state, curve_key, split, settings.curve_tasks) for split in experiment.judges
+      split: common.with_intervals(judge(state, curve_key, split, settings.curve_tasks))
+      for split in settings.curve_splits
     },
+    summary=common.learning_curve_summary,
     folder=folder,
+    mesh=experiment.mesh,
+    label=label,
   )
-  cells = judge(state, test_key, "test", settings.eval_tasks)
+  values = judge(state, test_key, "test", settings.eval_tasks)
+  cells = common.with_intervals(values)
+  for name, cell in cells.items():
+    cell["tasks"] = settings.eval_tasks
+    if settings.eval_tasks > _FINN:
+      cell["first_600"] = common.with_intervals({name: values[name][:_FINN]})[name]
   result: dict[str, Any] = {
-    name: {**cell, "tasks": settings.eval_tasks} for name, cell in cells.items()
-  }
-  result |= {
+    "cells": cells,
     "meta_steps": settings.meta_steps,
     "train_seconds": round(seconds, 3),
     "meta_steps_per_second": round(settings.meta_steps / seconds, 3),
@@ -328,23 +427,81 @@ def run(
     "versions": common.versions(),
   }
   folder.finish(result)
+  common.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
+  return result
+
+
+def check_data(many: Sequence[SimpleNamespace]) -> None:
+  """Raises what `build` would, before anything is trained: on the data of the first settings."""
+  mesh = metajax.task_mesh(jax.devices()[:1])
+  splits = load(many[0])
+  for settings in many:
+    build(settings, splits, mesh)
+
+
+def run_all(many: Sequence[tuple[str, SimpleNamespace]]) -> list[dict[str, Any]]:
+  """The results of several labelled runs, in order.
+
+  One after another on all devices if they spread their tasks, else each on a device of its own.
+  """
+
+  def job(label: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+    return run(settings, *prepare(settings, mesh), label)
+
+  if any(settings.execution == "sharded" for _, settings in many):
+    return [job(label, settings, None) for label, settings in many]
+  return common.side_by_side([partial(job, label, settings) for label, settings in many])
+
+
+def program(settings: SimpleNamespace) -> Callable[[], Any]:
+  """What the binary does."""
+  check(settings)
+  settings = common.changed(
+    settings, out=common.folder_name(f"few_shot-{settings.dataset}", settings)
+  )
+  runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
+  picture = Path(settings.out, "learning_curve.png")
+  if settings.plot_only:
+    logs = [common.logged(run.out) for run in runs]
+    return partial(common.draw_learning_curve, logs, picture)
+  if settings.seeds == 1:
+    prepared = prepare(settings)
+    return lambda: report(settings, run(settings, *prepared))
+  folder = common.open_folder(settings)
+  check_data([settings])
+  folder.begin("a run of each seed")
+
+  def each_seed() -> None:
+    results = run_all([(f"seed {run.seed}", run) for run in runs])
+    seconds = round(sum(result["train_seconds"] for result in results), 3)
+    cells = common.cells_over_seeds(results)
+    whole = {**results[0], "cells": cells, "train_seconds": seconds}
+    folder.finish(whole)
+    common.draw_learning_curve([common.logged(run.out) for run in runs], picture)
+    report(settings, whole)
+
+  return each_seed
+
+
+def report(settings: SimpleNamespace, result: dict[str, Any]) -> None:
+  """Prints a result."""
   print(
-    f"{settings.dataset}, {settings.ways}-way {settings.shots}-shot, {settings.algorithm}: "
+    f"{settings.dataset}, {settings.ways}-way, {settings.algorithm}: "
     f"accuracy over {settings.eval_tasks} test tasks, with its 95 % interval"
   )
-  for name, cell in cells.items():
-    print(f"  {name:13s} {common.percent(cell)}")
-  print(f"  {settings.meta_steps} meta-steps in {seconds:.1f} s; the run is in {folder.path}")
-  return result
+  for name, cell in result["cells"].items():
+    print(f"  {name:20s} {common.percent(cell)}")
+  seconds = result["train_seconds"]
+  print(f"  {settings.meta_steps} meta-steps in {seconds:.1f} s; the run is in {settings.out}")
 
 
 def defaults(**changes: Any) -> SimpleNamespace:
   """The flags' default values, but for `changes`: to prepare and run from Python."""
-  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
+  return common.defaults(FLAGS, **{**_DEFAULTS, **changes})
 
 
 def main(argv: list[str]) -> None:
-  common.main("few_shot", argv, _FLAGS, _DEFAULTS, prepare, run)
+  common.main("few_shot", argv, FLAGS, _DEFAULTS, program)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@
 
 Meta-trains by Reptile, first-order MAML, MAML and joint training, one wave an iteration, and judges
 each, and a random initialization, on the same new waves: the mean squared error on 50 equally
-spaced points after 0 to 32 gradient steps on the ten. The run folder (--out) gets flags.txt,
-result.json, figure1.png and figure1.svg.
+spaced points after 0 to 32 gradient steps on the ten. The run folder (--out) gets result.json,
+figure1.png and figure1.svg, and a folder for each method's training, which goes on where it
+stopped.
 """
 
-import json
-import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from absl import app
-from tqdm import tqdm
 
 import metajax
 from experiments import common
@@ -27,6 +26,7 @@ from experiments import common
 GRADIENT_STEPS = 32
 _INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
 _POINTS, _GRID = 10, 50
+_CURVE_TASKS = 100
 _DEFAULTS = {"meta_steps": 30_000, "eval_tasks": 1_000}
 
 MODEL = metajax.models.sine()
@@ -63,24 +63,6 @@ def methods() -> dict[str, Method]:
   }
 
 
-def train(method: Method, params: Any, key: jax.Array, meta_steps: int, label: str) -> Any:
-  """The initialization that a method finds, its outer step falling linearly to 0."""
-  rate = optax.linear_schedule(method.outer_rate, 0.0, meta_steps)
-  learner = metajax.meta_learner(metajax.batched(method.gradient, 1), method.outer(rate))
-  sample = metajax.sample_episodes(method.sample_task, method.make_episode, 1)
-  state, done = learner.init(params), 0
-  programs: dict[int, Any] = {}
-  with tqdm(total=meta_steps, unit="step", desc=f"{label:8s}") as bar:
-    while done < meta_steps:
-      steps = min(1_000, meta_steps - done)
-      if steps not in programs:
-        programs[steps] = jax.jit(metajax.run(learner, sample, steps))
-      state, _ = jax.block_until_ready(programs[steps](state, key))
-      done += steps
-      bar.update(steps)
-  return state.params
-
-
 def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
   """The parameters after 32 steps on the task's points, and the loss on its grid, `[33]`."""
 
@@ -96,88 +78,185 @@ def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
   return jax.tree.map(lambda leaf: leaf[-1], path), losses
 
 
-def judge(params: Any, key: jax.Array, num_tasks: int) -> dict[str, Any]:
+def judge(params: Any, key: jax.Array, num_tasks: int) -> dict[str, list[float]]:
   """Mean loss with its 95 % interval after each number of steps, over new waves."""
   sample = metajax.data.sine.sample_task()
-  losses = jax.jit(jax.vmap(lambda key: adapt(params, sample(key))[1]))(
-    jax.random.split(key, num_tasks)
-  )
+  keys = jax.random.split(key, num_tasks)
+  losses = _LOSSES(params, jax.vmap(sample)(keys))
   summary = [metajax.mean_and_interval(column) for column in np.asarray(losses).T]
-  grid = metajax.data.sine.grid_points(_GRID)(key)
   return {
     "loss": [round(cell.mean, 6) for cell in summary],
     "interval95": [round(cell.interval, 6) for cell in summary],
-    "largest_prediction_before": round(float(jnp.abs(MODEL.apply(params, grid)).max()), 6),
   }
 
 
-def draw(found: dict[str, Any], key: jax.Array, path: Any) -> None:
-  """Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
-  task = metajax.data.sine.sample_task()(key)
-  x = task.test.inputs[:, 0]
-  figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
-  titles = {"random": "random initialization", "maml": "MAML", "reptile": "Reptile"}
-  for axes, (name, title) in zip(panels, titles.items(), strict=True):
-    adapted, losses = jax.jit(adapt)(found[name], task)
-    axes.plot(x, task.test.targets[:, 0], color="tab:green", label="true wave")
-    axes.plot(x, MODEL.apply(found[name], task.test.inputs)[:, 0], ":", label="before")
-    after = MODEL.apply(adapted, task.test.inputs)[:, 0]
-    axes.plot(x, after, "--", color="tab:red", label=f"after {GRADIENT_STEPS} steps")
-    axes.plot(task.train.inputs, task.train.targets, "k^", markersize=5, label="sampled points")
-    axes.set_title(f"{title}: loss {losses[0]:.2f} to {losses[-1]:.3f}")
-    axes.set_xlabel("x")
-    axes.grid(alpha=0.3)
-  panels[0].set_ylabel("f(x)")
-  figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-  for suffix in ("png", "svg"):
-    figure.savefig(f"{path}.{suffix}", dpi=150)
-  plt.close(figure)
+_LOSSES = jax.jit(jax.vmap(lambda params, task: adapt(params, task)[1], in_axes=(None, 0)))
+
+
+class Keys(NamedTuple):
+  """All that is random in a run."""
+
+  init: jax.Array
+  train: jax.Array
+  curve: jax.Array
+  test: jax.Array
+  figure: jax.Array
+
+
+def keys_of(seed: int) -> Keys:
+  return Keys(*jax.random.split(jax.random.key(seed), 5))
+
+
+def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
+  """What result.json says of an initialization: its losses, and its lines in Figure 1."""
+  wave = metajax.data.sine.sample_task()(keys.figure)
+  adapted, losses = jax.jit(adapt)(params, wave)
+  line = lambda params: np.asarray(MODEL.apply(params, wave.test.inputs)[:, 0])
+  return {
+    **judge(params, keys.test, num_tasks),
+    "largest_prediction_before": round(float(np.abs(line(params)).max()), 6),
+    "figure1": {
+      "before": line(params).round(5).tolist(),
+      "after": line(adapted).round(5).tolist(),
+      "losses": [round(float(losses[0]), 6), round(float(losses[-1]), 6)],
+    },
+  }
+
+
+def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Trains one method of `methods()`, its outer step falling linearly to 0, and judges it."""
+  folder = common.open_folder(common.changed(settings, out=str(Path(settings.out, name))))
+  folder.begin("sine waves, drawn from the seed")
+  complete = folder.result()
+  if complete is not None:
+    return complete
+  method, keys = methods()[name], keys_of(settings.seed)
+  rate = optax.linear_schedule(method.outer_rate, 0.0, settings.meta_steps)
+  learner = metajax.meta_learner(metajax.batched(method.gradient, 1), method.outer(rate))
+  state, seconds = common.train(
+    learner,
+    metajax.sample_episodes(method.sample_task, method.make_episode, 1),
+    learner.init(jax.jit(MODEL.init)(keys.init)),
+    keys.train,
+    meta_steps=settings.meta_steps,
+    eval_every=max(1, settings.meta_steps // 10),
+    steps_per_call=1_000,
+    evaluate=lambda state: {"test": judge(state.params, keys.curve, _CURVE_TASKS)},
+    summary=lambda record: (
+      f"step {record['step']}: loss {record['test']['loss'][0]:.3f}, after {GRADIENT_STEPS} "
+      f"gradient steps {record['test']['loss'][-1]:.3f} +- {record['test']['interval95'][-1]:.3f}"
+    ),
+    folder=folder,
+    mesh=mesh,
+    label=name,
+  )
+  result = report_on(state.params, keys, settings.eval_tasks)
+  folder.finish(result | {"train_seconds": round(seconds, 3)})
+  return result | {"train_seconds": round(seconds, 3)}
 
 
 def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
-  """Trains and judges all methods; returns what it writes to result.json."""
-  key = jax.random.key(settings.seed)
-  init_key, train_key, test_key, figure_key = jax.random.split(key, 4)
-  start = jax.jit(MODEL.init)(init_key)
-  found = {"random": start}
-  seconds = {}
-  for name, method in methods().items():
-    began = time.perf_counter()
-    found[name] = train(method, start, train_key, settings.meta_steps, name)
-    seconds[name] = round(time.perf_counter() - began, 3)
+  """Trains and judges all methods, of every seed; returns what it writes to result.json."""
+  runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
+  jobs = [partial(train, name, run) for run in runs for name in methods()]
+  trained = iter(common.side_by_side(jobs))
+  by_seed = []
+  for run in runs:
+    keys = keys_of(run.seed)
+    start = report_on(jax.jit(MODEL.init)(keys.init), keys, settings.eval_tasks)
+    by_seed.append({"random": start} | {name: next(trained) for name in methods()})
+  keys = keys_of(settings.seed)
+  wave = metajax.data.sine.sample_task()(keys.figure)
+  column = lambda values: np.asarray(values)[:, 0].round(5).tolist()
   result: dict[str, Any] = {
-    name: judge(params, test_key, settings.eval_tasks) for name, params in found.items()
-  }
-  shown = (0, 1, 5, 10, GRADIENT_STEPS)
-  print(f"mean squared error after n gradient steps, {settings.eval_tasks} waves, 95 % intervals")
-  print("  n        " + "".join(f"{n:>18d}" for n in shown))
-  for name, row in result.items():
-    cells = [f"{row['loss'][n]:.3f} +- {row['interval95'][n]:.3f}" for n in shown]
-    print(f"  {name:9s}" + "".join(f"{cell:>18s}" for cell in cells))
-  largest = result["joint"]["largest_prediction_before"]
-  print(f"  joint training predicts 0: its largest prediction is {largest:.3f}")
-  result |= {
+    "methods": {name: _over_seeds([found[name] for found in by_seed]) for name in by_seed[0]},
+    "figure1": {
+      "x": column(wave.test.inputs),
+      "wave": column(wave.test.targets),
+      "sampled_x": column(wave.train.inputs),
+      "sampled": column(wave.train.targets),
+    },
     "meta_steps": settings.meta_steps,
     "tasks": settings.eval_tasks,
-    "train_seconds": seconds,
     "versions": common.versions(),
   }
-  common.replace_file(folder.path / "result.json", json.dumps(result, indent=2) + "\n")
-  draw(found, figure_key, folder.path / "figure1")
+  folder.finish(result)
+  draw(result, folder.path / "figure1")
+  report(result)
   print(f"  the run is in {folder.path}")
   return result
 
 
-def prepare(settings: SimpleNamespace) -> tuple[common.RunFolder]:
-  """Checks the flags and opens the run folder."""
+def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
+  """Of one method: the mean over the seeds; lines of Figure 1 are the first seed's."""
+  if len(found) == 1:
+    return found[0]
+  column = lambda name: np.array([one[name] for one in found])
+  return found[0] | {
+    "loss": column("loss").mean(axis=0).round(6).tolist(),
+    "interval95": column("interval95").mean(axis=0).round(6).tolist(),
+    "deviation_between_seeds": column("loss").std(axis=0, ddof=1).round(6).tolist(),
+    "largest_prediction_before": float(column("largest_prediction_before").max()),
+    "seeds": len(found),
+  }
+
+
+def report(result: dict[str, Any]) -> None:
+  """Prints the table of losses."""
+  shown = (0, 1, 5, 10, GRADIENT_STEPS)
+  found = result["methods"]
+  seeds = found["random"].get("seeds", 1)
+  print(
+    f"mean squared error after n gradient steps, {result['tasks']} waves, 95 % intervals over "
+    "waves" + (f", (deviation between {seeds} seeds)" if seeds > 1 else "")
+  )
+  width = 27 if seeds > 1 else 18
+  print("  n        " + "".join(f"{n:>{width}d}" for n in shown))
+  for name, row in found.items():
+    cells = [f"{row['loss'][n]:.3f} +- {row['interval95'][n]:.3f}" for n in shown]
+    if seeds > 1:
+      between = row["deviation_between_seeds"]
+      cells = [f"{cell} ({between[n]:.3f})" for cell, n in zip(cells, shown, strict=True)]
+    print(f"  {name:9s}" + "".join(f"{cell:>{width}s}" for cell in cells))
+  largest = found["joint"]["largest_prediction_before"]
+  print(f"  joint training predicts 0: its largest prediction is {largest:.3f}")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+  """Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
+  shared = result["figure1"]
+  titles = {"random": "random initialization", "maml": "MAML", "reptile": "Reptile"}
+  with common.drawing(path, figsize=(11, 3.8)) as figure:
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+      lines = result["methods"][name]["figure1"]
+      before, after = lines["losses"]
+      axes.plot(shared["x"], shared["wave"], color="tab:green", label="true wave")
+      axes.plot(shared["x"], lines["before"], ":", label="before")
+      label = f"after {GRADIENT_STEPS} steps"
+      axes.plot(shared["x"], lines["after"], "--", color="tab:red", label=label)
+      points = shared["sampled_x"], shared["sampled"]
+      axes.plot(*points, "k^", markersize=5, label="sampled points")
+      axes.set_title(f"{title}: loss {before:.2f} to {after:.3f}")
+      axes.set_xlabel("x")
+      axes.grid(alpha=0.3)
+    panels[0].set_ylabel("f(x)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def program(settings: SimpleNamespace) -> Callable[[], Any]:
+  """What the binary does, checked."""
   common.check_numbers(settings)
-  folder = common.open_folder("sine", settings)
+  settings = common.changed(settings, out=common.folder_name("sine", settings))
+  if settings.plot_only:
+    return partial(draw, common.finished(settings.out), Path(settings.out, "figure1"))
+  folder = common.open_folder(settings)
   folder.begin("sine waves, drawn from the seed")
-  return (folder,)
+  return partial(run, settings, folder)
 
 
 def main(argv: list[str]) -> None:
-  common.main("sine", argv, (), _DEFAULTS, prepare, run)
+  common.main("sine", argv, (), _DEFAULTS, program)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from metajax import convolution, data, losses, models
+from metajax import convolution, data, losses, models, theory
 from metajax.backend import cores_as_devices, task_mesh
 from metajax.evaluation import Mean, evaluate, inductive, mean_and_interval, transductive
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, stateless
@@ -62,5 +62,6 @@ __all__ = [
   "shared_tail",
   "stateless",
   "task_mesh",
+  "theory",
   "transductive",
 ]

@@ -38,7 +38,7 @@ class MetaGradient(NamedTuple):
 
 
 def reptile(
-  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, stepsize: float = 1.0
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, stepsize: float | jax.Array = 1.0
 ) -> MetaGradient:
   """Reptile: (phi - U^k(phi)) / stepsize (Algorithm 1 and Section 4).
 
@@ -53,7 +53,7 @@ def reptile(
   Raises:
     ValueError: if the stepsize is not positive.
   """
-  if not stepsize > 0:
+  if not isinstance(stepsize, jax.core.Tracer) and not stepsize > 0:
     raise ValueError(f"stepsize must be positive, not {stepsize}")
 
   def estimate(
@@ -229,7 +229,8 @@ def _check_twice_differentiable(optimizer: optax.GradientTransformation, params:
     _, slopes = jax.jvp(
       lambda grads: optimizer.update(grads, state, scalars)[0], (scalars,), (ones,)
     )
-    finite = all(bool(jnp.isfinite(slope)) for slope in jax.tree.leaves(slopes))
+    known = [s for s in jax.tree.leaves(slopes) if not isinstance(s, jax.core.Tracer)]
+    finite = all(bool(jnp.isfinite(slope)) for slope in known)  # a traced rate cannot be judged
   if not finite:
     raise ValueError(
       "maml needs an inner optimizer whose update has a finite derivative at a zero gradient: "

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from metajax.convolution import Method, convolution
@@ -225,7 +226,7 @@ def omniglot(
     A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
   """
   network = ConvNet(_positive(ways=ways), _positive(filters=filters), downsample, head, method)
-  return from_linen(network, jnp.zeros((1, 28, 28, 1)))
+  return from_linen(network, np.zeros((1, 28, 28, 1), np.float32))
 
 
 def mini_imagenet(
@@ -247,14 +248,14 @@ def mini_imagenet(
     A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
   """
   network = ConvNet(_positive(ways=ways), _positive(filters=filters), "pool", head, method)
-  return from_linen(network, jnp.zeros((1, 84, 84, 3)))
+  return from_linen(network, np.zeros((1, 84, 84, 3), np.float32))
 
 
 def sine(
   features: Sequence[int] = (64, 64, 1), activation: Callable[[jax.Array], jax.Array] = nn.tanh
 ) -> Model:
   """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`."""
-  return from_linen(MLP(tuple(features), activation), jnp.zeros((1, 1)))
+  return from_linen(MLP(tuple(features), activation), np.zeros((1, 1), np.float32))
 
 
 def _positive(**named: int) -> int:

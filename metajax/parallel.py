@@ -244,12 +244,13 @@ def _over_slots(
     more, inner_state = together(slots)
     return jax.tree.map(jnp.add, total, more), inner_state
 
-  whole = num_slots // chunk * chunk
-  chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), slots)
+  count = num_slots // chunk  # not -1: with k = 1 the schedules are empty
+  whole = count * chunk
+  chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(count, chunk, *leaf.shape[1:]), slots)
   shapes = jax.eval_shape(together, jax.tree.map(lambda leaf: leaf[0], chunks))[0]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   total, states = jax.lax.scan(body, zeros, chunks)
-  states = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), states)
+  states = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), states)
   if whole < num_slots:
     total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], slots))
     states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, rest)

@@ -22,6 +22,7 @@ FLOORS = {
   "evaluation": 2,
   "parallel": 3,
   "meta": 3,
+  "theory": 3,
   "checkpoint": 4,
   "__init__": 5,
 }
@@ -84,7 +85,7 @@ def test_a_library_has_one_home(library, homes):
 
 
 def test_experiments_and_benchmarks_use_the_public_api():
-  public = {"metajax", "metajax.checkpoint"}
+  public = {"metajax", "metajax.checkpoint", "metajax.theory"}
   for folder in ("experiments", "benchmarks"):
     for path in (ROOT / folder).rglob("*.py"):
       found = {name for name in imports(path) if name.split(".")[0] == "metajax"}

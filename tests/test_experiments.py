@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,14 @@ import pytest
 from absl import flags
 
 import metajax
-from experiments import common, few_shot, sine
+from experiments import combinations, common, expansions, few_shot, overlap, sine
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
 TINY = {
-  "ways": 3, "shots": 1, "train_shots": 3, "filters": 2, "inner_batch": 3, "inner_steps": 2,
-  "meta_batch": 2, "meta_steps": 4, "eval_batch": 3, "eval_steps": 2, "eval_tasks": 4,
-  "eval_every": 2, "curve_tasks": 2,
+  "ways": 3, "eval_shots": ["1"], "train_shots": 3, "filters": 2, "inner_batch": 3,
+  "inner_steps": 2, "meta_batch": 2, "meta_steps": 4, "eval_batch": ["3"], "eval_steps": 2,
+  "eval_tasks": 4, "eval_every": 2, "curve_tasks": 2,
 }  # fmt: skip
 
 
@@ -40,6 +41,9 @@ def glyphs(monkeypatch, splits, tmp_path):
 
 def execute(tiny):
   return few_shot.run(tiny, *few_shot.prepare(tiny))
+
+
+CELLS = {"1-shot transductive", "1-shot inductive"}
 
 
 def fake_images(classes, size=20, shape=(28, 28, 1)):
@@ -67,6 +71,10 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
     file.write('{"step": 4, "sec')  # and a line torn by the kill
   resumed = execute(killed)
 
+  shutil.rmtree(tmp_path / "whole" / "checkpoints")
+  assert execute(settings(out=str(tmp_path / "whole"))) == whole  # complete: left as it is
+  (tmp_path / "whole" / "checkpoints").mkdir()
+
   timeless = lambda result: {k: v for k, v in result.items() if "second" not in k}
   assert timeless(resumed) == timeless(whole)
   for folder in ("whole", "killed"):
@@ -87,10 +95,11 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   }
   assert lines["killed"] == lines["whole"]
   assert [line["step"] for line in lines["whole"]] == [0, 2, 4]
-  assert set(lines["whole"][0]["test"]) == set(lines["whole"][0]["train"]) == set(common.PROTOCOLS)
+  assert set(lines["whole"][0]["test"]) == set(lines["whole"][0]["train"]) == CELLS
 
   result = json.loads((tmp_path / "whole" / "result.json").read_text())
-  assert result["transductive"]["tasks"] == 4 and 0 <= result["inductive"]["accuracy"] <= 1
+  assert set(result["cells"]) == CELLS
+  assert all(cell["tasks"] == 4 and 0 <= cell["accuracy"] <= 1 for cell in result["cells"].values())
   assert result["meta_steps"] == 4 and result["meta_steps_per_second"] > 0
   assert result["parameters"] == 2 * (9 + 3) + 3 * (36 + 6) + 8 * 3 + 3
   assert {"jax", "metajax", "python"} <= set(result["versions"])
@@ -111,12 +120,13 @@ VARIANTS = [
   {"algorithm": "fomaml", "execution": "chunked", "chunk": 2, "outer_clip": 10.0},
   {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "head": "mean"},
   {"algorithm": "maml", "inner_eps_root": 1e-8, "execution": "serial", "inner_state": "fresh"},
+  {"algorithm": "combine", "weights": ["0.5", "2"], "eval_shots": ["1", "2"]},
 ]
 
 
 def trace(tiny, splits):
   """One meta-step and one evaluation, traced without compiling."""
-  experiment = few_shot.build(tiny, splits)
+  experiment = few_shot.build(tiny, splits, metajax.task_mesh())
   key = jax.random.key(0)
   params = jax.eval_shape(experiment.model.init, key)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
@@ -126,10 +136,10 @@ def trace(tiny, splits):
   assert jax.tree.structure(after) == jax.tree.structure(state)
   k = 1 if tiny.algorithm == "joint" else tiny.inner_steps
   assert info.losses.shape == (k,)
-  accuracies = jax.eval_shape(
-    experiment.judges["test"], state.params, experiment.inner_state(state), key, np.int32(0)
-  )
-  assert set(accuracies) == set(common.PROTOCOLS)
+  assert list(experiment.judges["test"]) == [f"{shots}-shot" for shots in tiny.eval_shots]
+  for judge in experiment.judges["test"].values():
+    found = jax.eval_shape(judge, state.params, experiment.inner_state(state), key, np.int32(0))
+    assert set(found) == {"transductive", "inductive"}
 
 
 @pytest.mark.parametrize(
@@ -162,22 +172,21 @@ def test_every_flag_file_runs(path, blank):
   parsed = {name: flags.FLAGS[name].parser.parse(value) for name, value in given.items()}
   row = few_shot.defaults(**parsed)
   few_shot.check(row)
-  dataset, shots, ways, algorithm = path.stem.rsplit("_", 3)
-  assert (row.dataset, f"{row.shots}shot", f"{row.ways}way", row.algorithm) == (
-    dataset, shots, ways, algorithm
-  )  # fmt: skip
+  both = "1,5" if row.algorithm == "reptile" else None  # one training run for both
+  shots = f"_{row.eval_shots[0]}shot" if both is None else ""
+  assert path.stem == f"{row.dataset}{shots}_{row.ways}way_{row.algorithm}"
+  assert both in (None, ",".join(row.eval_shots))
   trace(row, blank[row.dataset])
 
 
 # From the tables of the paper's appendix and from Finn et al., by hand.
 HYPERPARAMETERS = {
-  "omniglot_5shot_5way_reptile": (10, 5, 1e-3, 10, 100_000, 5, 50, "sum"),
-  "omniglot_1shot_20way_reptile": (20, 10, 5e-4, 10, 200_000, 10, 50, "sum"),
-  "mini_imagenet_1shot_5way_reptile": (10, 8, 1e-3, 15, 100_000, 5, 50, "sum"),
-  "mini_imagenet_5shot_5way_reptile": (10, 8, 1e-3, 15, 100_000, 15, 50, "sum"),
-  "omniglot_1shot_5way_maml": (5, 2, 2.0, 2, 60_000, 5, 3, "mean"),
-  "omniglot_5shot_20way_fomaml": (100, 6, 2.0, 10, 60_000, 100, 5, "mean"),
-  "mini_imagenet_5shot_5way_maml": (25, 6, 0.05, 20, 60_000, 25, 10, "mean"),
+  "omniglot_5way_reptile": (10, 5, 1e-3, 10, 100_000, "5", 50, "sum"),
+  "omniglot_20way_reptile": (20, 10, 5e-4, 10, 200_000, "10", 50, "sum"),
+  "mini_imagenet_5way_reptile": (10, 8, 1e-3, 15, 100_000, "5,15", 50, "sum"),
+  "omniglot_1shot_5way_maml": (5, 2, 2.0, 2, 60_000, "5", 3, "mean"),
+  "omniglot_5shot_20way_fomaml": (100, 6, 2.0, 10, 60_000, "100", 5, "mean"),
+  "mini_imagenet_5shot_5way_maml": (25, 6, 0.05, 20, 60_000, "25", 10, "mean"),
 }
 
 
@@ -195,6 +204,8 @@ def test_flag_files_hold_the_published_settings(name):
     "eval_steps",
   )
   *numbers, reduction = HYPERPARAMETERS[name]
+  assert values["eval_batch"] == numbers.pop(names.index("eval_batch"))
+  names = [name for name in names if name != "eval_batch"]
   assert [float(values[name]) for name in names] == numbers
   assert values["loss_reduction"] == reduction
   if name.endswith("reptile"):
@@ -211,14 +222,22 @@ def test_there_is_a_flag_file_for_every_row_of_the_tables():
     f"{dataset}_{shots}shot_{ways}way_{algorithm}"
     for dataset, ways in cells
     for shots in (1, 5)
-    for algorithm in ("reptile", "fomaml", "maml")
-  }
+    for algorithm in ("fomaml", "maml")
+  } | {f"{dataset}_{ways}way_reptile" for dataset, ways in cells}
   assert {path.stem for path in FLAG_FILES} == expected
 
 
 BAD_FLAGS = [
   ({"ways": 1}, "--ways=1 must be at least 2"),
-  ({"shots": 0}, "--shots=0 must be at least 1"),
+  ({"eval_shots": ["0"]}, "--eval_shots=0 must be at least 1"),
+  ({"eval_shots": ["1", "1"]}, "--eval_shots=1,1 must be different numbers"),
+  ({"eval_shots": ["five"]}, "--eval_shots=five must be numbers"),
+  ({"eval_batch": ["3", "5"]}, "--eval_batch=3,5 must be one number, or one for each"),
+  ({"curve_splits": ["tset"]}, "--curve_splits must be train, test"),
+  ({"algorithm": "combine"}, "--weights and --algorithm=combine go together"),
+  ({"algorithm": "combine", "weights": ["1"]}, "--weights has 1 numbers for --inner_steps=2"),
+  ({"algorithm": "combine", "weights": ["1", "inf"]}, "--weights=1,inf must be numbers"),
+  ({"seeds": 0}, "--seeds=0 must be at least 1"),
   ({"meta_steps": 0}, "--meta_steps=0 must be at least 1"),
   ({"inner_batch": -3}, "--inner_batch=-3 must be at least 1"),
   ({"eval_tasks": 1}, "--eval_tasks=1 must be at least 2"),
@@ -233,7 +252,7 @@ BAD_FLAGS = [
   ({"execution": "chunked", "chunk": 3}, "--chunk=3 must be from 1 to --meta_batch=2"),
   ({"filters": 0}, "filters must be at least 1"),
   ({"ways": 6}, "6 ways need 6 classes, and there are 5"),
-  ({"shots": 20}, "needs 21 examples of each class"),
+  ({"eval_shots": ["20"]}, "needs 21 examples of each class"),
   ({"algorithm": "maml"}, "--inner_eps_root"),
   ({"dataset": "mini_imagenet"}, "cannot be downloaded"),
   ({"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder"),
@@ -268,18 +287,163 @@ def test_defaults_refuse_an_unknown_flag():
     few_shot.defaults(inner_rat=1.0)
 
 
+def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
+  """Side by side on devices of their own, each as if it were alone; drawn again from the logs."""
+  out = tmp_path / "both"
+  short = {"execution": "vmap", "curve_splits": ["test"], "meta_steps": 2}
+  few_shot.program(settings(out=str(out), seeds=2, seed=3, **short))()
+  alone = execute(settings(out=str(tmp_path / "alone"), seed=4, **short))
+  found = [json.loads((out / f"seed{seed}" / "result.json").read_text()) for seed in (3, 4)]
+  assert found[1]["cells"] == alone["cells"]
+  result = json.loads((out / "result.json").read_text())
+  values = [one["cells"]["1-shot inductive"]["accuracy"] for one in found]
+  cell = result["cells"]["1-shot inductive"]
+  assert cell["accuracy"] == pytest.approx(np.mean(values), abs=1e-6)
+  assert cell["deviation_between_seeds"] == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+  assert cell["seeds"] == 2
+
+  picture = out / "learning_curve.png"
+  picture.unlink()
+  few_shot.program(settings(out=str(out), seeds=2, seed=3, plot_only=True))()
+  assert picture.exists()
+  with pytest.raises(ValueError, match="holds no run to draw"):
+    few_shot.program(settings(out=str(tmp_path / "nothing"), plot_only=True))
+
+
+def test_an_exception_in_one_of_several_runs_ends_all():
+  def fail(mesh):
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    common.side_by_side([fail, fail, fail, fail, fail, fail])
+  assert common.side_by_side([lambda mesh: mesh.size, lambda mesh: 2]) == [1, 2]
+
+
+FIGURE = {
+  "dataset": "glyphs", "ways": 3, "filters": 2, "inner_batch": 3, "meta_steps": 2,
+  "eval_shots": ["1"], "eval_batch": ["3"], "eval_steps": 2, "eval_tasks": 4, "eval_every": 1,
+  "curve_tasks": 2,
+}  # fmt: skip
+
+
+def test_combinations_draw_figure_3(tmp_path, glyphs):
+  tiny = {**FIGURE, "curves": ["g1", "last2"], "out": str(tmp_path)}
+  result = combinations.program(combinations.defaults(**tiny))()
+  assert list(result["curves"]) == ["g1", "last2"]
+  for name in result["curves"]:
+    assert len(common.logged(tmp_path / name / "seed0")) == 3
+  weights = (tmp_path / "last2" / "seed0" / "flags.txt").read_text()
+  assert "--weights=0.0,1.0" in weights and "--train_shots=2" in weights
+  for suffix in ("png", "svg"):
+    (tmp_path / f"figure3.{suffix}").unlink()
+  combinations.program(combinations.defaults(**tiny, plot_only=True))()
+  assert (tmp_path / "figure3.png").exists() and (tmp_path / "figure3.svg").exists()
+
+
+def test_the_ten_curves_of_figure_3():
+  everything = combinations.runs(combinations.defaults(out="nowhere"))
+  found = {name: list(runs[0].weights) for name, runs in everything.items()}
+  assert found == {
+    "g1": [1],
+    "mean2": [1 / 2, 1 / 2], "sum2": [1, 1], "last2": [0, 1],
+    "mean3": [1 / 3] * 3, "sum3": [1] * 3, "last3": [0, 0, 1],
+    "mean4": [1 / 4] * 4, "sum4": [1] * 4, "last4": [0, 0, 0, 1],
+  }  # fmt: skip
+  for runs in everything.values():
+    one = runs[0]
+    assert one.train_shots * one.ways == one.inner_steps * one.inner_batch  # no overlap
+    assert (one.inner_rate, one.outer_rate, one.meta_steps) == (0.003, 0.25, 40_000)
+
+
+def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
+  """From results made up: that a run is trained as its settings say is shown above."""
+
+  def made_up(many):
+    asked.extend(label for label, _ in many)
+    cell = lambda one: {"accuracy": 1 / one.inner_steps, "interval95": 0.01, "tasks": 4}
+    return [{"cells": {"1-shot transductive": cell(one)}} for _, one in many]
+
+  asked = []
+  monkeypatch.setattr(few_shot, "run_all", made_up)
+  tiny = {"dataset": "glyphs", "ways": 3, "train_shots": 10, "tail_shots": 1}
+  tiny |= {"eval_shots": ["1"], "panels": ["a", "c"], "out": str(tmp_path)}
+  monkeypatch.setitem(overlap.PANELS, "a", ("inner_steps", (2, 4)))
+  result = overlap.program(overlap.defaults(**tiny))()
+  assert len(result["points"]) == 2 * 4 + 6 and len(asked) == len(set(asked)) == 2 * 4 + 6
+  accuracies = {p["x"]: p["cells"]["1-shot transductive"]["accuracy"] for p in result["points"]}
+  assert (accuracies[2], accuracies[4]) == (1 / 2, 1 / 4)
+  (tmp_path / "figure4.png").unlink()
+  overlap.program(overlap.defaults(**tiny, plot_only=True))()
+  assert (tmp_path / "figure4.png").exists() and (tmp_path / "figure4.svg").exists()
+
+
+def test_the_points_of_figure_4():
+  found = overlap.points(overlap.defaults(out="nowhere"))
+  ends = {(p.panel, p.curve): p.runs[0] for p in found}
+  assert len(ends) == 4 + 4 + 1
+  assert len({run.out for p in found for run in p.runs}) == len(found) - 4  # a and b share four
+  for (panel, curve), one in ends.items():
+    assert one.ways * one.train_shots == 100 and one.inner_rate == 0.003
+    assert one.weights[-1] == 1 and sum(one.weights) == (
+      one.inner_steps if curve.startswith("Reptile") else 1
+    )
+    if panel == "c":
+      assert one.inner_batch == 100 and one.outer_rate == 32
+
+
+@pytest.mark.parametrize(
+  ("module", "bad", "message"),
+  [
+    (combinations, {"curves": ["g9"]}, "--curves must be any of g1, mean2"),
+    (combinations, {"weights": ["1"]}, "--weights is decided by the figure"),
+    (combinations, {"inner_steps": 3}, "--inner_steps is decided by the figure"),
+    (overlap, {"panels": []}, "--panels must be any of a, b, c"),
+    (overlap, {"inner_batch": 3}, "--inner_batch is decided by the figure"),
+    (overlap, {"plot_only": True}, "holds no complete run to draw"),
+    (expansions, {"waves": 0}, "--waves=0 must be at least 1"),
+  ],
+)
+def test_figures_refuse_what_they_decide(module, bad, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    module.program(module.defaults(**{"out": str(tmp_path / "run"), **bad}))
+  assert not (tmp_path / "run").exists()
+
+
+def test_expansions_leave_their_tables_and_figures(tmp_path, monkeypatch):
+  monkeypatch.setattr(expansions, "KS", (2, expansions.SHOWN_K))
+  tiny = expansions.defaults(waves=2, points=3, meta_steps=150, out=str(tmp_path))
+  result = expansions.program(tiny)()
+  for row in result["coefficients"]:
+    for term in ("avg_grad", "avg_grad_inner_over_alpha"):
+      assert row[term]["measured"] == pytest.approx(row[term]["predicted"], rel=0.02)
+  assert all(1.9 < slope < 2.1 for slope in result["slopes"].values())
+  assert result["order_holds_to_alpha"] > 1e-3
+  found = result["manifolds"]
+  least = found["least_half_mean_squared_distance"]
+  assert least < found["half_mean_squared_distance"][-1] < 1.1 * least
+  assert found["largest_difference_of_gradients"] < 1e-12
+  names = {path.name for path in tmp_path.iterdir()}
+  pictures = {f"{name}.{suffix}" for name in ("expansions", "figure2") for suffix in ("png", "svg")}
+  assert names == {"flags.txt", "result.json"} | pictures
+
+
 def test_sine_leaves_its_table_and_figure(tmp_path):
   tiny = common.defaults((), meta_steps=3, eval_tasks=4, out=str(tmp_path))
-  result = sine.run(tiny, *sine.prepare(tiny))
-  assert {path.name for path in tmp_path.iterdir()} == {
+  result = sine.program(tiny)()
+  trained = {"reptile", "fomaml", "maml", "joint"}
+  figures = {"figure1.png", "figure1.svg"}
+  assert {path.name for path in tmp_path.iterdir()} == trained | figures | {
     "flags.txt",
     "result.json",
-    "figure1.png",
-    "figure1.svg",
   }
-  for name in ("random", "reptile", "fomaml", "maml", "joint"):
-    assert len(result[name]["loss"]) == len(result[name]["interval95"]) == sine.GRADIENT_STEPS + 1
-    assert np.all(np.isfinite(result[name]["loss"]))
+  assert set(result["methods"]) == trained | {"random"}
+  for found in result["methods"].values():
+    assert len(found["loss"]) == len(found["interval95"]) == sine.GRADIENT_STEPS + 1
+    assert np.all(np.isfinite(found["loss"]))
+  assert [record["step"] for record in common.logged(tmp_path / "maml")] == [0, 1, 2, 3]
+  (tmp_path / "figure1.svg").unlink()
+  sine.program(common.changed(tiny, plot_only=True))()
+  assert (tmp_path / "figure1.svg").exists()
 
 
 def test_sine_adapts_by_gradient_steps_on_the_samples():

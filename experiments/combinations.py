@@ -1,0 +1,183 @@
+"""Linear combinations of the inner gradients (Section 6.2, Figure 3): which of them learn.
+
+  python -m experiments.combinations --data_dir=DIR --seeds=2 --out=DIR
+
+Trains the ten combinations of g_1 ... g_k, k = 1 ... 4, on 5-shot 5-way Omniglot by plain SGD
+inside and out, each run on a device of its own, several at once. Takes the flags of
+`experiments.few_shot`; a run is one of its runs, in a folder of its own, so that the same command
+goes on where it stopped. The run folder (--out) gets result.json, figure3.png and figure3.svg.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments import common, few_shot
+
+
+def _fractions(k: int) -> dict[str, tuple[str, list[float]]]:
+  """The mean, the sum and the last of k gradients."""
+  terms = " + ".join(f"g{i}" for i in range(1, k + 1))
+  return {
+    f"mean{k}": (f"({terms}) / {k}", [1 / k] * k),
+    f"sum{k}": (terms, [1.0] * k),
+    f"last{k}": (f"g{k}", [0.0] * (k - 1) + [1.0]),
+  }
+
+
+CURVES: dict[str, tuple[str, list[float]]] = {
+  "g1": ("g1", [1.0]),
+  **_fractions(2),
+  **_fractions(3),
+  **_fractions(4),
+}
+
+# fmt: off
+_FLAGS = (
+  *few_shot.FLAGS,
+  flags.DEFINE_list("curves", list(CURVES), f"Any of {', '.join(CURVES)}."),
+)
+# fmt: on
+SETTING: dict[str, Any] = {  # of Figures 3 and 4
+  "dataset": "omniglot",
+  "algorithm": "combine",
+  "inner_optimizer": "sgd",
+  "inner_rate": 0.003,
+  "inner_steps": None,  # by the curve
+  "outer_rate": 0.25,
+  "meta_batch": 1,
+  "meta_steps": 40_000,
+  "execution": "serial",
+  "steps_per_call": 50,
+  "eval_batch": ["25"],
+  "eval_steps": 5,
+  "eval_tasks": 1_000,
+  "curve_splits": ["test"],
+}
+_DEFAULTS = SETTING | {"inner_batch": 25, "train_shots": None, "eval_every": 500}
+
+
+def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
+  """The settings of every run, by curve: one for each seed.
+
+  Training tasks have as many shots as it takes that no two of the k minibatches overlap.
+
+  Raises:
+    ValueError: if a flag is no good.
+  """
+  unknown = sorted(set(settings.curves) - set(CURVES))
+  if unknown or not settings.curves:
+    raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
+  refuse(settings, "weights", "inner_steps", "train_shots")
+  chosen = common.changed(settings)
+  del chosen.curves
+  found = {}
+  for name in settings.curves:
+    weights = CURVES[name][1]
+    one = common.changed(
+      chosen,
+      weights=weights,
+      inner_steps=len(weights),
+      train_shots=-(-len(weights) * settings.inner_batch // settings.ways),
+      out=str(Path(settings.out, name)),
+    )
+    few_shot.check(one)
+    found[name] = common.of_each_seed(one)
+  return found
+
+
+def refuse(settings: SimpleNamespace, *decided: str) -> None:
+  """Flags that a figure decides.
+
+  Raises:
+    ValueError: if one is given.
+  """
+  for name in decided:
+    if getattr(settings, name) is not None:
+      raise ValueError(f"--{name} is decided by the figure: leave it out, or use few_shot")
+
+
+def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> dict[str, Any]:
+  """Trains what is not there yet; returns what it writes to result.json."""
+  many = [
+    (f"{name}, seed {one.seed}", one)
+    for of_seeds in zip(*by_curve.values(), strict=True)
+    for name, one in zip(by_curve, of_seeds, strict=True)
+  ]
+  results = dict(zip((one.out for _, one in many), few_shot.run_all(many), strict=True))
+  result = {
+    "curves": {
+      name: common.cells_over_seeds([results[one.out] for one in of_seeds])
+      for name, of_seeds in by_curve.items()
+    },
+    "meta_steps": settings.meta_steps,
+    "seeds": settings.seeds,
+    "versions": common.versions(),
+  }
+  common.write_json(Path(settings.out, "result.json"), result)
+  draw(settings, by_curve)
+  print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
+  for name, cells in result["curves"].items():
+    print(f"  {CURVES[name][0]}")
+    for cell, value in cells.items():
+      print(f"    {cell:20s} {common.percent(value)}")
+  print(f"  the runs are in {settings.out}")
+  return result
+
+
+def draw(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> None:
+  """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
+  logs = {name: [common.logged(one.out) for one in many] for name, many in by_curve.items()}
+  cell = f"{settings.eval_shots[0]}-shot transductive"
+  with common.drawing(Path(settings.out, "figure3"), figsize=(7.2, 4.8)) as figure:
+    axes = figure.subplots()
+    for name, records in logs.items():
+      label, weights = CURVES[name]
+      steps, mean, band = common.curve(records, "test", cell)
+      mean, band = _smooth(mean), _smooth(band)
+      style = {"m": ":", "s": "-", "l": "--", "g": "-"}[name[0]]
+      color = f"C{len(weights) - 1}"
+      axes.plot(steps, mean, style, color=color, label=label)
+      axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, lw=0)
+    axes.set(xlabel="meta-steps", ylabel="accuracy on test tasks (%)")
+    axes.grid(alpha=0.3)
+    seeds = min(map(len, logs.values()))
+    title = f"{cell},\nrunning mean of 5 points;\n{common.band_title(seeds)}"
+    axes.legend(title=title, fontsize=8, title_fontsize=8, loc="lower right")
+
+
+def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+  """The running mean, over fewer points at the ends."""
+  ones = np.ones(min(width, len(values)))
+  return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
+def program(settings: SimpleNamespace) -> Callable[[], Any]:
+  """What the binary does, checked."""
+  settings = common.changed(settings, out=common.folder_name("combinations", settings))
+  by_curve = runs(settings)
+  if settings.plot_only:
+    for many in by_curve.values():
+      for one in many:
+        common.logged(one.out)
+    return partial(draw, settings, by_curve)
+  few_shot.check_data([many[0] for many in by_curve.values()])
+  return partial(run, settings, by_curve)
+
+
+def defaults(**changes: Any) -> SimpleNamespace:
+  """The flags' default values, but for `changes`: to run from Python."""
+  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
+
+
+def main(argv: list[str]) -> None:
+  common.main("combinations", argv, _FLAGS, _DEFAULTS, program)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,324 @@
+"""Section 5 as measurement: leading-order expansions, and Reptile between two solution manifolds.
+
+  python -m experiments.expansions
+
+In float64, on sine waves and a small network: for k = 2 ... 8 the coefficients of AvgGrad and
+AvgGradInner that fit the expected gradients of MAML, FOMAML and Reptile, beside those that
+Equations 37, 39 and 41 predict; the residual of the prediction against the inner stepsize alpha;
+how far the order MAML > FOMAML > Reptile of their ratios holds as alpha grows. And Figure 2:
+alternating steps toward two curves in the plane, and the least mean squared distance to both. The
+run folder (--out) gets result.json, expansions.png and .svg, figure2.png and .svg.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from jax.flatten_util import ravel_pytree
+
+import metajax
+from experiments import common
+from metajax import theory
+
+# fmt: off
+_FLAGS = (
+  flags.DEFINE_integer("waves", 20, "Tasks that expectations are over."),
+  flags.DEFINE_integer("points", 10, "Samples of a wave in a minibatch."),
+)
+# fmt: on
+_DEFAULTS = {"meta_steps": 400, "eval_tasks": 2}
+
+KS = tuple(range(2, 9))
+SHOWN_K = 4
+SMALL = 1e-5  # the stepsize at which coefficients are fitted
+ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, -0.5, 15))
+_MODEL = metajax.models.sine((20, 20, 1))
+_LOSS = metajax.losses.squared_error(_MODEL.apply, reduction="mean")
+ALGORITHMS: dict[
+  str, tuple[Callable, Callable]
+] = {  # (alpha -> estimator, (k, alpha) -> predicted)
+  "MAML": (lambda alpha: metajax.maml(_LOSS, optax.sgd(alpha)), theory.maml_coefficients),
+  "FOMAML": (lambda alpha: metajax.fomaml(_LOSS, optax.sgd(alpha)), theory.fomaml_coefficients),
+  "Reptile": (
+    lambda alpha: metajax.reptile(_LOSS, optax.sgd(alpha), stepsize=alpha),
+    theory.reptile_coefficients,
+  ),
+}
+
+
+def problem(key: jax.Array, tasks: int, batch: int) -> tuple[Any, metajax.Examples]:
+  """Parameters, and minibatches `[tasks, 8, batch, 1]` of as many waves."""
+  init_key, task_key = jax.random.split(key)
+  points = max(KS) * batch
+  sample = metajax.data.sine.sample_task(metajax.data.sine.uniform_points(points))
+  train = jax.vmap(sample)(jax.random.split(task_key, tasks)).train
+  double = lambda leaf: jnp.asarray(leaf, jnp.float64)
+  cut = lambda leaf: double(leaf).reshape(tasks, max(KS), batch, 1)
+  return jax.tree.map(double, _MODEL.init(init_key)), jax.tree.map(cut, train)
+
+
+def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
+  """Coefficients for every k at a small stepsize; residuals and ratios against the stepsize."""
+  coefficients: list[dict[str, Any]] = []
+  series: list[dict[str, Any]] = []
+  for k in KS:
+    first = jax.tree.map(lambda leaf, k=k: leaf[:, :k], minibatches)
+    found = jax.jit(partial(theory.expansion, _LOSS))(params, first)
+    for name, (estimator, predicted) in ALGORITHMS.items():
+      # The stepsize is an argument of one compiled program.
+      measure = jax.jit(
+        lambda alpha, first, estimator=estimator: theory.expected_gradient(
+          estimator(alpha), params, first
+        )
+      )
+      fitted, exact = theory.fit(measure(SMALL, first), found), predicted(k, SMALL)
+      coefficients.append(
+        {
+          "algorithm": name,
+          "k": k,
+          "avg_grad": {"predicted": exact.avg_grad, "measured": fitted.avg_grad},
+          "avg_grad_inner_over_alpha": {
+            "predicted": exact.avg_grad_inner / SMALL,
+            "measured": fitted.avg_grad_inner / SMALL,
+          },
+        }
+      )
+      if k == SHOWN_K:
+        for alpha in ALPHAS:
+          gradient = measure(alpha, first)
+          difference = jax.tree.map(
+            jnp.subtract, gradient, theory.predict(found, predicted(k, alpha))
+          )
+          series.append(
+            {
+              "algorithm": name,
+              "alpha": alpha,
+              "residual": _norm(difference) / _norm(gradient),
+              "ratio": theory.fit(gradient, found).ratio,
+              "predicted_ratio": predicted(k, alpha).ratio,
+            }
+          )
+  return {"coefficients": coefficients, "against_alpha": series}
+
+
+def _norm(tree: Any) -> float:
+  return float(jnp.linalg.norm(ravel_pytree(tree)[0]))
+
+
+def slope(result: dict[str, Any], name: str) -> float:
+  """Of log residual against log alpha, up to 1e-3."""
+  rows = [r for r in result["against_alpha"] if r["algorithm"] == name and r["alpha"] <= 1e-3]
+  return float(
+    np.polyfit(np.log([r["alpha"] for r in rows]), np.log([r["residual"] for r in rows]), 1)[0]
+  )
+
+
+def order_holds_to(result: dict[str, Any]) -> float | None:
+  """The largest alpha up to which the ratios are in the order MAML > FOMAML > Reptile."""
+  last = None
+  for alpha in ALPHAS:
+    row = {r["algorithm"]: r["ratio"] for r in result["against_alpha"] if r["alpha"] == alpha}
+    if not row["MAML"] > row["FOMAML"] > row["Reptile"] > 0:
+      break
+    last = alpha
+  return last
+
+
+# Section 5.2: the solutions of one task are a line, those of the other a circle, in the plane.
+_LINE = np.array([[0.0, 0.0], [np.cos(0.35), np.sin(0.35)]])  # a point, and the direction
+_CENTRE, _RADIUS = np.array([0.6, 2.6]), 1.3
+
+
+def to_line(phi: jax.Array) -> jax.Array:
+  """The nearest point of the line."""
+  origin, direction = _LINE
+  return origin + ((phi - origin) @ direction) * direction
+
+
+def to_circle(phi: jax.Array) -> jax.Array:
+  """The nearest point of the circle."""
+  outwards = phi - _CENTRE
+  return _CENTRE + _RADIUS * outwards / jnp.linalg.norm(outwards)
+
+
+def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
+  """Reptile with perfect inner loops: a step toward the line, one toward the circle, and so on,
+  the outer rate falling linearly to 0."""
+  projections = (to_line, to_circle)
+  distances = [theory.half_squared_distance(project) for project in projections]
+  mean = lambda phi: sum(distance(phi) for distance in distances) / 2
+  phi = jnp.array([-2.6, 1.6])
+  path, means, apart = [phi.tolist()], [float(mean(phi))], 0.0
+  for step in range(steps):
+    distance, project = distances[step % 2], projections[step % 2]
+    gradient = jax.grad(distance)(phi)
+    # Through the projection as well: to first order it does not move along the solutions' normal.
+    through = jax.grad(lambda phi, p=project: 0.5 * jnp.sum(jnp.square(phi - p(phi))))(phi)
+    displacement = phi - project(phi)
+    apart = max(apart, *(float(jnp.abs(g - displacement).max()) for g in (gradient, through)))
+    phi = phi - outer_rate * (1 - step / steps) * displacement
+    path.append(phi.tolist())
+    means.append(float(mean(phi)))
+  optimum = _optimum(phi)
+  return {
+    "path": path,
+    "half_mean_squared_distance": means,
+    "optimum": optimum.tolist(),
+    "least_half_mean_squared_distance": float(mean(optimum)),
+    "largest_difference_of_gradients": apart,
+  }
+
+
+def _optimum(phi: jax.Array) -> jax.Array:
+  """Where the mean squared distance is least, by Newton's method, through the projections."""
+  square = lambda phi: sum(jnp.sum(jnp.square(phi - p(phi))) for p in (to_line, to_circle))
+  for _ in range(50):
+    phi = phi - jnp.linalg.solve(jax.hessian(square)(phi), jax.grad(square)(phi))
+  return phi
+
+
+def draw_expansions(result: dict[str, Any], path: Path) -> None:
+  """Coefficients against k, the residual against alpha, the ratios against alpha."""
+  with common.drawing(path, figsize=(13, 4.0)) as figure:
+    of_k, residual, ratio = figure.subplots(1, 3)
+    for number, name in enumerate(ALGORITHMS):
+      color = f"C{number}"
+      rows = [row for row in result["coefficients"] if row["algorithm"] == name]
+      ratios = {
+        kind: [row["avg_grad_inner_over_alpha"][kind] / row["avg_grad"][kind] for row in rows]
+        for kind in ("predicted", "measured")
+      }
+      ks = [row["k"] for row in rows]
+      of_k.plot(ks, ratios["predicted"], "-", color=color, lw=1)
+      of_k.plot(ks, ratios["measured"], "o", color=color, label=name)
+      rows = [row for row in result["against_alpha"] if row["algorithm"] == name]
+      alphas = [row["alpha"] for row in rows]
+      residual.loglog(alphas, [row["residual"] for row in rows], ".-", color=color, label=name)
+      ratio.loglog(alphas, [row["predicted_ratio"] for row in rows], "-", color=color, lw=1)
+      positive = [row["ratio"] if row["ratio"] > 0 else np.nan for row in rows]
+      ratio.loglog(alphas, positive, "o", color=color, ms=4, label=name)
+    guide = np.array([ALPHAS[0], 1e-2])
+    residual.loglog(
+      guide,
+      0.1 * result["against_alpha"][0]["residual"] * (guide / guide[0]) ** 2,
+      "k:",
+      label="slope 2",
+    )
+    of_k.set(
+      xlabel="k",
+      ylabel="AvgGradInner / (alpha AvgGrad)",
+      title="coefficients: fitted (dots), predicted (lines)",
+    )
+    residual.set(
+      xlabel="inner stepsize alpha",
+      ylabel="relative residual",
+      title=f"prediction against expected gradient, k = {SHOWN_K}",
+    )
+    ratio.set(
+      xlabel="inner stepsize alpha",
+      ylabel="AvgGradInner / AvgGrad",
+      title=f"ratio: fitted (dots), predicted (lines), k = {SHOWN_K}",
+    )
+    for axes in (of_k, residual, ratio):
+      axes.grid(alpha=0.3)
+      axes.legend(fontsize=8)
+
+
+def draw_figure2(result: dict[str, Any], path: Path) -> None:
+  """Figure 2: the path in the plane, and the mean squared distance along it."""
+  found = result["manifolds"]
+  with common.drawing(path, figsize=(9.5, 4.2)) as figure:
+    plane, curve = figure.subplots(1, 2)
+    along = np.linspace(-3.2, 3.2, 2)[:, None]
+    plane.plot(*(_LINE[0] + along * _LINE[1]).T, color="C0", label="solutions of task 1")
+    angles = np.linspace(0, 2 * np.pi, 200)
+    circle = _CENTRE[:, None] + _RADIUS * np.stack([np.cos(angles), np.sin(angles)])
+    plane.plot(*circle, color="C1", label="solutions of task 2")
+    plane.plot(*np.array(found["path"]).T, "k.-", ms=3, lw=0.8, label="Reptile")
+    plane.plot(*found["optimum"], "r*", ms=12, label="least mean squared distance")
+    plane.set(xlabel="first parameter", ylabel="second parameter", aspect="equal")
+    figure.legend(
+      *plane.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
+    least = found["least_half_mean_squared_distance"]
+    curve.plot(found["half_mean_squared_distance"], "k-", label="along the path")
+    curve.axhline(least, color="r", ls=":", label=f"least, {least:.4f}")
+    curve.set(xlabel="outer steps", ylabel="E[D(phi, W)^2] / 2", yscale="log")
+    curve.legend(fontsize=8)
+    for axes in (plane, curve):
+      axes.grid(alpha=0.3)
+
+
+def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
+  """Measures and draws; returns what it writes to result.json."""
+  with jax.enable_x64(True):
+    key = jax.random.key(settings.seed)
+    result = expand(*problem(key, settings.waves, settings.points))
+    result["manifolds"] = alternate(settings.meta_steps)
+  result |= {
+    "slopes": {name: round(slope(result, name), 4) for name in ALGORITHMS},
+    "order_holds_to_alpha": order_holds_to(result),
+    "versions": common.versions(),
+  }
+  folder.finish(result)
+  draw(result, folder.path)
+  report(result)
+  print(f"the run is in {folder.path}")
+  return result
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+  draw_expansions(result, folder / "expansions")
+  draw_figure2(result, folder / "figure2")
+
+
+def report(result: dict[str, Any]) -> None:
+  """Prints the tables."""
+  print("coefficients of AvgGrad and of -alpha AvgGradInner, predicted and measured")
+  for row in result["coefficients"]:
+    grad, inner = row["avg_grad"], row["avg_grad_inner_over_alpha"]
+    print(
+      f"  {row['algorithm']:8s} k = {row['k']}: {grad['predicted']:g} {grad['measured']:.5f}, "
+      f"{inner['predicted']:g} {inner['measured']:.4f}"
+    )
+  slopes = ", ".join(f"{name} {value:.3f}" for name, value in result["slopes"].items())
+  print(f"slope of log residual against log alpha: {slopes}")
+  print(f"MAML > FOMAML > Reptile up to alpha = {result['order_holds_to_alpha']:.3g}")
+  found = result["manifolds"]
+  print(
+    f"E[D^2] / 2 falls from {found['half_mean_squared_distance'][0]:.4f} to "
+    f"{found['half_mean_squared_distance'][-1]:.6f}; the least is "
+    f"{found['least_half_mean_squared_distance']:.6f}; gradient and displacement differ by at most "
+    f"{found['largest_difference_of_gradients']:.1e}"
+  )
+
+
+def program(settings: SimpleNamespace) -> Callable[[], Any]:
+  """What the binary does, checked."""
+  common.check_numbers(settings, "waves", "points")
+  settings = common.changed(settings, out=common.folder_name("expansions", settings))
+  if settings.plot_only:
+    return partial(draw, common.finished(settings.out), Path(settings.out))
+  folder = common.open_folder(settings)
+  folder.begin("sine waves, drawn from the seed")
+  return partial(run, settings, folder)
+
+
+def defaults(**changes: Any) -> SimpleNamespace:
+  """The flags' default values, but for `changes`: to run from Python."""
+  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
+
+
+def main(argv: list[str]) -> None:
+  common.main("expansions", argv, _FLAGS, _DEFAULTS, program)
+
+
+if __name__ == "__main__":
+  app.run(main)

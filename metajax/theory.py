@@ -1,0 +1,161 @@
+"""Section 5 in numbers: what a meta-gradient is to first order in the inner stepsize, and Reptile
+as descent on the distance to the tasks' solutions.
+
+For SGD of rate alpha on minibatches in random order, every estimator here has the expectation
+`a AvgGrad - b AvgGradInner + O(alpha^2)`; the coefficients differ (Equations 37, 39 and 41).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from metajax.gradients import MetaGradient
+from metajax.types import Episode, Examples, LossFn, Params
+
+
+class Expansion(NamedTuple):
+  """The two directions of Section 5.1, each like the parameters.
+
+  Attributes:
+    avg_grad: E[L'], the gradient of the expected loss.
+    avg_grad_inner: E[L_i'' L_j'] over two minibatches of a task: its negative is the direction that
+      increases the inner product of their gradients.
+  """
+
+  avg_grad: Params
+  avg_grad_inner: Params
+
+
+class Coefficients(NamedTuple):
+  """Of `avg_grad` and of minus `avg_grad_inner`."""
+
+  avg_grad: float
+  avg_grad_inner: float
+
+  @property
+  def ratio(self) -> float:
+    """How much an estimator cares for the second term."""
+    return self.avg_grad_inner / self.avg_grad
+
+
+def maml_coefficients(k: int, alpha: float) -> Coefficients:
+  """1 and 2 (k - 1) alpha (Equation 37)."""
+  return Coefficients(1.0, 2 * (k - 1) * alpha)
+
+
+def fomaml_coefficients(k: int, alpha: float) -> Coefficients:
+  """1 and (k - 1) alpha (Equation 39)."""
+  return Coefficients(1.0, (k - 1) * alpha)
+
+
+def reptile_coefficients(k: int, alpha: float) -> Coefficients:
+  """k and k (k - 1) alpha / 2 (Equation 41), of g_1 + ... + g_k."""
+  return Coefficients(float(k), k * (k - 1) / 2 * alpha)
+
+
+def expansion(loss_fn: LossFn, params: Params, minibatches: Examples) -> Expansion:
+  """Both directions at phi, exactly, over the given tasks and all orders of their minibatches.
+
+  Args:
+    loss_fn: `(params, batch) -> scalar`.
+    params: phi.
+    minibatches: `[T, k, b, ...]`, k >= 2.
+
+  Raises:
+    ValueError: if k is 1, which leaves no pair.
+  """
+  k = _num_minibatches(minibatches)
+  if k < 2:
+    raise ValueError("AvgGradInner is over pairs of minibatches: give at least 2 of each task")
+  gradient = jax.grad(loss_fn)
+
+  def of_task(minibatches: Examples) -> Expansion:
+    grads = jax.vmap(gradient, in_axes=(None, 0))(params, minibatches)
+    total = jax.tree.map(lambda leaf: leaf.sum(axis=0), grads)
+
+    def hessian_others(batch: Examples, grad: Params) -> Params:
+      others = jax.tree.map(jnp.subtract, total, grad)
+      return jax.jvp(lambda phi: gradient(phi, batch), (params,), (others,))[1]
+
+    products = jax.vmap(hessian_others)(minibatches, grads)
+    return Expansion(
+      jax.tree.map(lambda leaf: leaf / k, total),
+      jax.tree.map(lambda leaf: leaf.sum(axis=0) / (k * (k - 1)), products),
+    )
+
+  return _mean(jax.vmap(of_task)(minibatches))
+
+
+def expected_gradient(meta_gradient: MetaGradient, params: Params, minibatches: Examples) -> Params:
+  """The mean of an estimator over tasks and over orders of their minibatches.
+
+  The 2 k orders are all rotations, forwards and backwards. Among them every minibatch comes last
+  equally often, and of any two either one first: to first order in the stepsize, that is the
+  expectation over all k! orders.
+
+  Args:
+    meta_gradient: an estimator for one task.
+    params: phi.
+    minibatches: `[T, k, b, ...]`.
+  """
+  k = _num_minibatches(minibatches)
+  forwards = (np.arange(k) + np.arange(k)[:, None]) % k
+  orders = jnp.asarray(np.concatenate([forwards, forwards[:, ::-1]]))
+  inner_state = meta_gradient.init(params)
+
+  def one(minibatches: Examples, order: jax.Array) -> Params:
+    size = jax.tree.leaves(minibatches)[0].shape[1]
+    pool = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), minibatches)
+    schedule = order[:-1, None] * size + jnp.arange(size)
+    tail = jax.tree.map(lambda leaf: leaf[order[-1]], minibatches)
+    return meta_gradient.estimate(params, inner_state, Episode(pool, schedule, tail))[0]
+
+  over_orders = jax.vmap(one, in_axes=(None, 0))
+  return _mean(jax.lax.map(lambda task: _mean(over_orders(task, orders)), minibatches))
+
+
+def predict(found: Expansion, coefficients: Coefficients) -> Params:
+  """`a AvgGrad - b AvgGradInner`."""
+  return jax.tree.map(
+    lambda g, h: coefficients.avg_grad * g - coefficients.avg_grad_inner * h,
+    found.avg_grad,
+    found.avg_grad_inner,
+  )
+
+
+def fit(gradient: Params, found: Expansion) -> Coefficients:
+  """The coefficients that come nearest to a gradient, by least squares."""
+  flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
+  directions = np.stack([flat(found.avg_grad), -flat(found.avg_grad_inner)], axis=1)
+  a, b = np.linalg.lstsq(directions, flat(gradient), rcond=None)[0]
+  return Coefficients(float(a), float(b))
+
+
+def half_squared_distance(project: Callable[[Params], Params]) -> Callable[[Params], jax.Array]:
+  """phi -> D(phi, W)^2 / 2, with W the solutions of a task (Section 5.2).
+
+  Its gradient is phi - P(phi) (Equations 44 to 46), so that descent on its mean over tasks is
+  Reptile with an inner loop that goes all the way to the nearest solution (Equation 47).
+
+  Args:
+    project: P, phi to the nearest point of W.
+  """
+
+  def half_square(params: Params) -> jax.Array:
+    nearest = jax.lax.stop_gradient(project(params))  # at a minimum, it moves to second order only
+    squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params, nearest)
+    return 0.5 * jax.tree.reduce(jnp.add, squares)
+
+  return half_square
+
+
+def _num_minibatches(minibatches: Examples) -> int:
+  return jax.tree.leaves(minibatches)[0].shape[1]
+
+
+def _mean(tree: Any) -> Any:
+  return jax.tree.map(lambda leaf: leaf.mean(axis=0), tree)
