@@ -5,8 +5,8 @@
 A gradient is made of three products a layer: forward, by the inputs (not for the first layer) and
 by the kernel. Here they run alone, on every device at once, from operands that are already patches,
 in turns with the whole meta-step of `--execution=sharded`: what the products alone would take is
-what a program without any elementwise pass, reduction or copy would take. Takes the flags of
-`benchmarks.wall_clock`.
+what a program without any elementwise pass, reduction or copy would take. All times are the fastest
+of the rounds. Takes the flags of `benchmarks.wall_clock`.
 """
 
 import sys
@@ -50,9 +50,9 @@ def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
   counts = _products(case)
   calls = [product(name, *shape) for name, shape in counts]
   seconds = cases.in_turns([program.call, *calls, *square.calls], FLAGS.repeats)
-  rate = square.rate(seconds[1 + len(calls) :]) / len(jax.devices())
-  run = float(np.median(seconds[0]))
-  alone = [float(np.median(times)) / _TIMES for times in seconds[1 : 1 + len(calls)]]
+  fastest = [min(times) for times in seconds]
+  run, alone = fastest[0], [time / _TIMES for time in fastest[1 : 1 + len(calls)]]
+  rate = square.rate([[time] for time in fastest[1 + len(calls) :]]) / len(jax.devices())
 
   described = f"{case.algorithm}, {case.model}, k = {case.inner_steps}, {case.meta_batch} tasks"
   print(f"\n{described}; square matrices on one device: {rate / 1e9:.0f} GFLOP/s (float32)\n")
@@ -76,11 +76,13 @@ def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
 def _products(case: cases.Case) -> dict[tuple[str, tuple[int, int, int]], int]:
   """How often a task takes each product `(name, (rows, depth, columns))`, by the shape of its own.
 
-  A Hessian-vector product is twice a gradient's.
+  A Hessian-vector product is twice a gradient's. An evaluation adapts in all its steps; what it
+  predicts after them is left out.
   """
   counts: dict[tuple[str, tuple[int, int, int]], int] = {}
   through = 3 if case.algorithm.startswith("maml") else 1
-  for batch, gradients in ((case.batch, through * (case.inner_steps - 1)), (case.tail, 1)):
+  last = case.batch if case.algorithm == "evaluation" else case.tail
+  for batch, gradients in ((case.batch, through * (case.inner_steps - 1)), (last, 1)):
     for index, layer in enumerate(cases.network(case.model, case.convolution).layers):
       for name in _PRODUCTS:
         if gradients and (index or name != "by inputs"):

@@ -33,7 +33,7 @@ _FLAGS = (
   flags.DEFINE_integer("points", 10, "Samples of a wave in a minibatch."),
 )
 # fmt: on
-_DEFAULTS = {"meta_steps": 400, "eval_tasks": 2}
+_DEFAULTS = {"meta_steps": 400, "eval_tasks": 2}  # steps of Figure 2; nothing is evaluated
 
 KS = tuple(range(2, 9))
 SHOWN_K = 4
@@ -303,6 +303,8 @@ def report(result: dict[str, Any]) -> None:
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   common.check_numbers(settings, "waves", "points")
+  if settings.seeds > 1:
+    raise ValueError("--seeds must be 1: expectations are over --waves, raise that instead")
   settings = common.changed(settings, out=common.folder_name("expansions", settings))
   if settings.plot_only:
     return partial(draw, common.finished(settings.out), Path(settings.out))

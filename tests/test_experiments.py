@@ -401,6 +401,7 @@ def test_the_points_of_figure_4():
     (overlap, {"inner_batch": 3}, "--inner_batch is decided by the figure"),
     (overlap, {"plot_only": True}, "holds no complete run to draw"),
     (expansions, {"waves": 0}, "--waves=0 must be at least 1"),
+    (expansions, {"seeds": 2}, "--seeds must be 1"),
   ],
 )
 def test_figures_refuse_what_they_decide(module, bad, message, tmp_path):
