@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import common, few_shot
+from experiments import common, few_shot, folders, reports
 
 
 def _fractions(k: int) -> dict[str, tuple[str, list[float]]]:
@@ -112,33 +112,33 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
   results = dict(zip((one.out for _, one in many), few_shot.run_all(many), strict=True))
   result = {
     "curves": {
-      name: common.cells_over_seeds([results[one.out] for one in of_seeds])
+      name: reports.cells_over_seeds([results[one.out] for one in of_seeds])
       for name, of_seeds in by_curve.items()
     },
     "meta_steps": settings.meta_steps,
     "seeds": settings.seeds,
-    "versions": common.versions(),
+    "versions": folders.versions(),
   }
-  common.write_json(Path(settings.out, "result.json"), result)
+  folders.write_json(Path(settings.out, "result.json"), result)
   draw(settings, by_curve)
   print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
   for name, cells in result["curves"].items():
     print(f"  {CURVES[name][0]}")
     for cell, value in cells.items():
-      print(f"    {cell:20s} {common.percent(value)}")
+      print(f"    {cell:20s} {reports.percent(value)}")
   print(f"  the runs are in {settings.out}")
   return result
 
 
 def draw(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
-  logs = {name: [common.logged(one.out) for one in many] for name, many in by_curve.items()}
+  logs = {name: [folders.logged(one.out) for one in many] for name, many in by_curve.items()}
   cell = f"{settings.eval_shots[0]}-shot transductive"
-  with common.drawing(Path(settings.out, "figure3"), figsize=(7.2, 4.8)) as figure:
+  with reports.drawing(Path(settings.out, "figure3"), figsize=(7.2, 4.8)) as figure:
     axes = figure.subplots()
     for name, records in logs.items():
       label, weights = CURVES[name]
-      steps, mean, band = common.curve(records, "test", cell)
+      steps, mean, band = reports.curve(records, "test", cell)
       mean, band = _smooth(mean), _smooth(band)
       style = {"m": ":", "s": "-", "l": "--", "g": "-"}[name[0]]
       color = f"C{len(weights) - 1}"
@@ -147,7 +147,7 @@ def draw(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) 
     axes.set(xlabel="meta-steps", ylabel="accuracy on test tasks (%)")
     axes.grid(alpha=0.3)
     seeds = min(map(len, logs.values()))
-    title = f"{cell},\nrunning mean of 5 points;\n{common.band_title(seeds)}"
+    title = f"{cell},\nrunning mean of 5 points;\n{reports.band_title(seeds)}"
     axes.legend(title=title, fontsize=8, title_fontsize=8, loc="lower right")
 
 
@@ -159,12 +159,12 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
-  settings = common.changed(settings, out=common.folder_name("combinations", settings))
+  settings = common.changed(settings, out=folders.folder_name("combinations", settings))
   by_curve = runs(settings)
   if settings.plot_only:
     for many in by_curve.values():
       for one in many:
-        common.logged(one.out)
+        folders.logged(one.out)
     return partial(draw, settings, by_curve)
   few_shot.check_data([many[0] for many in by_curve.values()])
   return partial(run, settings, by_curve)

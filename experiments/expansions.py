@@ -24,7 +24,7 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
 import metajax
-from experiments import common
+from experiments import common, folders, reports
 from metajax import theory
 
 # fmt: off
@@ -186,7 +186,7 @@ def _optimum(phi: jax.Array) -> jax.Array:
 
 def draw_expansions(result: dict[str, Any], path: Path) -> None:
   """Coefficients against k, the residual against alpha, the ratios against alpha."""
-  with common.drawing(path, figsize=(13, 4.0)) as figure:
+  with reports.drawing(path, figsize=(13, 4.0)) as figure:
     of_k, residual, ratio = figure.subplots(1, 3)
     for number, name in enumerate(ALGORITHMS):
       color = f"C{number}"
@@ -234,7 +234,7 @@ def draw_expansions(result: dict[str, Any], path: Path) -> None:
 def draw_figure2(result: dict[str, Any], path: Path) -> None:
   """Figure 2: the path in the plane, and the mean squared distance along it."""
   found = result["manifolds"]
-  with common.drawing(path, figsize=(9.5, 4.2)) as figure:
+  with reports.drawing(path, figsize=(9.5, 4.2)) as figure:
     plane, curve = figure.subplots(1, 2)
     along = np.linspace(-3.2, 3.2, 2)[:, None]
     plane.plot(*(_LINE[0] + along * _LINE[1]).T, color="C0", label="solutions of task 1")
@@ -256,7 +256,7 @@ def draw_figure2(result: dict[str, Any], path: Path) -> None:
       axes.grid(alpha=0.3)
 
 
-def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
+def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
   """Measures and draws; returns what it writes to result.json."""
   with jax.enable_x64(True):
     key = jax.random.key(settings.seed)
@@ -265,7 +265,7 @@ def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
   result |= {
     "slopes": {name: round(slope(result, name), 4) for name in ALGORITHMS},
     "order_holds_to_alpha": order_holds_to(result),
-    "versions": common.versions(),
+    "versions": folders.versions(),
   }
   folder.finish(result)
   draw(result, folder.path)
@@ -305,10 +305,10 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   common.check_numbers(settings, "waves", "points")
   if settings.seeds > 1:
     raise ValueError("--seeds must be 1: expectations are over --waves, raise that instead")
-  settings = common.changed(settings, out=common.folder_name("expansions", settings))
+  settings = common.changed(settings, out=folders.folder_name("expansions", settings))
   if settings.plot_only:
-    return partial(draw, common.finished(settings.out), Path(settings.out))
-  folder = common.open_folder(settings)
+    return partial(draw, folders.finished(settings.out), Path(settings.out))
+  folder = folders.open_folder(settings)
   folder.begin("sine waves, drawn from the seed")
   return partial(run, settings, folder)
 

@@ -22,7 +22,7 @@ import optax
 from absl import app, flags
 
 import metajax
-from experiments import common
+from experiments import common, folders, reports
 
 TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
@@ -346,7 +346,7 @@ def _judge(
 
 def prepare(
   settings: SimpleNamespace, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Experiment, common.RunFolder]:
+) -> tuple[Experiment, folders.RunFolder]:
   """Checks the flags, reads the data, builds the experiment and opens its folder.
 
   Args:
@@ -357,18 +357,18 @@ def prepare(
     ValueError: if a flag or the data is no good; nothing has been written over then.
   """
   check(settings)
-  folder = common.open_folder(settings)
+  folder = folders.open_folder(settings)
   mesh = metajax.task_mesh() if mesh is None else mesh
   splits = common.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
-  folder.begin(common.describe(splits))
+  folder.begin(folders.describe(splits))
   return experiment, folder
 
 
 def run(
   settings: SimpleNamespace,
   experiment: Experiment,
-  folder: common.RunFolder,
+  folder: folders.RunFolder,
   label: str = "meta-training",
 ) -> dict[str, Any]:
   """Trains and judges; returns what it writes to result.json. A complete run is left as it is."""
@@ -404,30 +404,30 @@ def run(
     eval_every=settings.eval_every,
     steps_per_call=settings.steps_per_call,
     evaluate=lambda state: {
-      split: common.with_intervals(judge(state, curve_key, split, settings.curve_tasks))
+      split: reports.with_intervals(judge(state, curve_key, split, settings.curve_tasks))
       for split in settings.curve_splits
     },
-    summary=common.learning_curve_summary,
+    summary=reports.learning_curve_summary,
     folder=folder,
     mesh=experiment.mesh,
     label=label,
   )
   values = judge(state, test_key, "test", settings.eval_tasks)
-  cells = common.with_intervals(values)
+  cells = reports.with_intervals(values)
   for name, cell in cells.items():
     cell["tasks"] = settings.eval_tasks
     if settings.eval_tasks > _FINN:
-      cell["first_600"] = common.with_intervals({name: values[name][:_FINN]})[name]
+      cell["first_600"] = reports.with_intervals({name: values[name][:_FINN]})[name]
   result: dict[str, Any] = {
     "cells": cells,
     "meta_steps": settings.meta_steps,
     "train_seconds": round(seconds, 3),
     "meta_steps_per_second": round(settings.meta_steps / seconds, 3),
     "parameters": parameters,
-    "versions": common.versions(),
+    "versions": folders.versions(),
   }
   folder.finish(result)
-  common.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
+  reports.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
   return result
 
 
@@ -457,27 +457,27 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does."""
   check(settings)
   settings = common.changed(
-    settings, out=common.folder_name(f"few_shot-{settings.dataset}", settings)
+    settings, out=folders.folder_name(f"few_shot-{settings.dataset}", settings)
   )
   runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
   picture = Path(settings.out, "learning_curve.png")
   if settings.plot_only:
-    logs = [common.logged(run.out) for run in runs]
-    return partial(common.draw_learning_curve, logs, picture)
+    logs = [folders.logged(run.out) for run in runs]
+    return partial(reports.draw_learning_curve, logs, picture)
   if settings.seeds == 1:
     prepared = prepare(settings)
     return lambda: report(settings, run(settings, *prepared))
-  folder = common.open_folder(settings)
+  folder = folders.open_folder(settings)
   check_data([settings])
   folder.begin("a run of each seed")
 
   def each_seed() -> None:
     results = run_all([(f"seed {run.seed}", run) for run in runs])
     seconds = round(sum(result["train_seconds"] for result in results), 3)
-    cells = common.cells_over_seeds(results)
+    cells = reports.cells_over_seeds(results)
     whole = {**results[0], "cells": cells, "train_seconds": seconds}
     folder.finish(whole)
-    common.draw_learning_curve([common.logged(run.out) for run in runs], picture)
+    reports.draw_learning_curve([folders.logged(run.out) for run in runs], picture)
     report(settings, whole)
 
   return each_seed
@@ -490,7 +490,7 @@ def report(settings: SimpleNamespace, result: dict[str, Any]) -> None:
     f"accuracy over {settings.eval_tasks} test tasks, with its 95 % interval"
   )
   for name, cell in result["cells"].items():
-    print(f"  {name:20s} {common.percent(cell)}")
+    print(f"  {name:20s} {reports.percent(cell)}")
   seconds = result["train_seconds"]
   print(f"  {settings.meta_steps} meta-steps in {seconds:.1f} s; the run is in {settings.out}")
 

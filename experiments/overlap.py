@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import combinations, common, few_shot
+from experiments import combinations, common, few_shot, folders, reports
 
 CURVES: dict[str, dict[str, Any]] = {
   "Reptile (cycling)": {"tail": "shared", "minibatches": "cycling"},
@@ -114,7 +114,7 @@ def run(settings: SimpleNamespace, found: list[Point]) -> dict[str, Any]:
     "points": [
       {
         **point._asdict(),
-        "cells": common.cells_over_seeds([results[one.out] for one in point.runs]),
+        "cells": reports.cells_over_seeds([results[one.out] for one in point.runs]),
         "runs": [Path(one.out).relative_to(settings.out).as_posix() for one in point.runs],
       }
       for point in found
@@ -122,15 +122,15 @@ def run(settings: SimpleNamespace, found: list[Point]) -> dict[str, Any]:
     "meta_steps": settings.meta_steps,
     "seeds": settings.seeds,
     "cell": f"{settings.eval_shots[0]}-shot transductive",
-    "versions": common.versions(),
+    "versions": folders.versions(),
   }
-  common.write_json(Path(settings.out, "result.json"), result)
+  folders.write_json(Path(settings.out, "result.json"), result)
   draw(result, Path(settings.out, "figure4"))
   print(f"{result['cell']} accuracy over {settings.eval_tasks} test tasks")
   for panel, curve, xs, cells in _lines(result):
     print(f"  ({panel}) {curve}")
     for x, cell in zip(xs, cells, strict=True):
-      print(f"    {PANELS[panel][0]} {x:g}: {common.percent(cell)}")
+      print(f"    {PANELS[panel][0]} {x:g}: {reports.percent(cell)}")
   print(f"  the runs are in {settings.out}")
   return result
 
@@ -146,7 +146,7 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float], list
 def draw(result: dict[str, Any], path: Path) -> None:
   """Figure 4: a panel each for what is varied."""
   panels = list(dict.fromkeys(point["panel"] for point in result["points"]))
-  with common.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
+  with reports.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
     all_axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     for panel, curve, xs, cells in _lines(result):
       between = "deviation_between_seeds" if result["seeds"] > 1 else "interval95"
@@ -166,15 +166,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
     all_axes[panels[0]].set_ylabel(f"final accuracy, {result['cell']} (%)")
     handles = all_axes[panels[0]].get_legend_handles_labels()
-    bars = common.band_title(result["seeds"]).replace("band", "bars")
+    bars = reports.band_title(result["seeds"]).replace("band", "bars")
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, title=bars)
 
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
-  settings = common.changed(settings, out=common.folder_name("overlap", settings))
+  settings = common.changed(settings, out=folders.folder_name("overlap", settings))
   if settings.plot_only:
-    return partial(draw, common.finished(settings.out), Path(settings.out, "figure4"))
+    return partial(draw, folders.finished(settings.out), Path(settings.out, "figure4"))
   found = points(settings)
   few_shot.check_data([point.runs[0] for point in found])
   return partial(run, settings, found)

@@ -21,7 +21,7 @@ import optax
 from absl import app
 
 import metajax
-from experiments import common
+from experiments import common, folders, reports
 
 GRADIENT_STEPS = 32
 _INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
@@ -125,7 +125,7 @@ def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
 
 def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Trains one method of `methods()`, its outer step falling linearly to 0, and judges it."""
-  folder = common.open_folder(common.changed(settings, out=str(Path(settings.out, name))))
+  folder = folders.open_folder(common.changed(settings, out=str(Path(settings.out, name))))
   folder.begin("sine waves, drawn from the seed")
   complete = folder.result()
   if complete is not None:
@@ -155,7 +155,7 @@ def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict
   return result | {"train_seconds": round(seconds, 3)}
 
 
-def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
+def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
   """Trains and judges all methods, of every seed; returns what it writes to result.json."""
   runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
   jobs = [partial(train, name, run) for run in runs for name in methods()]
@@ -178,7 +178,7 @@ def run(settings: SimpleNamespace, folder: common.RunFolder) -> dict[str, Any]:
     },
     "meta_steps": settings.meta_steps,
     "tasks": settings.eval_tasks,
-    "versions": common.versions(),
+    "versions": folders.versions(),
   }
   folder.finish(result)
   draw(result, folder.path / "figure1")
@@ -226,7 +226,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
   """Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
   shared = result["figure1"]
   titles = {"random": "random initialization", "maml": "MAML", "reptile": "Reptile"}
-  with common.drawing(path, figsize=(11, 3.8)) as figure:
+  with reports.drawing(path, figsize=(11, 3.8)) as figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
       lines = result["methods"][name]["figure1"]
@@ -247,10 +247,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   common.check_numbers(settings)
-  settings = common.changed(settings, out=common.folder_name("sine", settings))
+  settings = common.changed(settings, out=folders.folder_name("sine", settings))
   if settings.plot_only:
-    return partial(draw, common.finished(settings.out), Path(settings.out, "figure1"))
-  folder = common.open_folder(settings)
+    return partial(draw, folders.finished(settings.out), Path(settings.out, "figure1"))
+  folder = folders.open_folder(settings)
   folder.begin("sine waves, drawn from the seed")
   return partial(run, settings, folder)
 

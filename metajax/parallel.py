@@ -111,9 +111,9 @@ def sharded(
 ) -> MetaGradient:
   """`batched`, with the tasks spread over the devices of a mesh.
 
-  The gradients of all devices are added by one all-reduce. Each slot's inner state stays on the
-  device of its slot, if the devices divide `T`; otherwise some devices idle while others run one
-  task more. Neither the state's shape nor, but for rounding, the gradient depends on the devices.
+  The gradients of all devices are added by one all-reduce, and but for rounding do not depend on
+  the devices. Each slot's inner state stays on the device of its slot. If the devices do not divide
+  `T`, there are more slots, as many as they do divide: these repeat the last task and do not count.
 
   Args:
     meta_gradient: an estimator for one task.
@@ -132,8 +132,8 @@ def sharded(
   everywhere = PartitionSpec()
 
   def init(params: Params) -> InnerState:
-    state = _repeated(meta_gradient.init(params), num_tasks)
-    return jax.device_put(state, NamedSharding(mesh, by_slot if slots == num_tasks else everywhere))
+    state = _repeated(meta_gradient.init(params), slots)
+    return jax.device_put(state, NamedSharding(mesh, by_slot))
 
   def one_device(
     params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array
@@ -155,11 +155,10 @@ def sharded(
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    chex.assert_tree_shape_prefix((inner_state, episodes), (num_tasks,))
+    chex.assert_tree_shape_prefix(episodes, (num_tasks,))
+    chex.assert_tree_shape_prefix(inner_state, (slots,))
     counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
-    inner_state, episodes = _padded((inner_state, episodes), num_tasks, slots)
-    gradient, inner_state, info = all_devices(params, inner_state, episodes, counts)
-    return gradient, jax.tree.map(lambda leaf: leaf[:num_tasks], inner_state), info
+    return all_devices(params, inner_state, _padded(episodes, num_tasks, slots), counts)
 
   return MetaGradient(init, estimate)
 

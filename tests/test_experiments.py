@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 import metajax
-from experiments import combinations, common, expansions, few_shot, overlap, sine
+from experiments import combinations, common, expansions, few_shot, folders, overlap, sine
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
@@ -56,7 +56,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   whole = execute(settings(out=str(tmp_path / "whole")))
 
   killed = settings(out=str(tmp_path / "killed"))
-  append = common.RunFolder.append
+  append = folders.RunFolder.append
 
   def die_at_the_end(folder, record):
     append(folder, record)
@@ -64,7 +64,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(common.RunFolder, "append", die_at_the_end)
+    patch.setattr(folders.RunFolder, "append", die_at_the_end)
     with pytest.raises(KeyboardInterrupt):
       execute(killed)
   with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
@@ -314,8 +314,12 @@ def test_an_exception_in_one_of_several_runs_ends_all():
   def fail(mesh):
     raise ZeroDivisionError
 
-  with pytest.raises(ZeroDivisionError):
-    common.side_by_side([fail, fail, fail, fail, fail, fail])
+  def go_on(mesh):
+    assert common._STOPPING.wait(timeout=60)
+    raise RuntimeError("stopped")
+
+  with pytest.raises(ZeroDivisionError):  # and not what it did to the others
+    common.side_by_side([go_on, fail, go_on, go_on, go_on, go_on])
   assert common.side_by_side([lambda mesh: mesh.size, lambda mesh: 2]) == [1, 2]
 
 
@@ -331,7 +335,7 @@ def test_combinations_draw_figure_3(tmp_path, glyphs):
   result = combinations.program(combinations.defaults(**tiny))()
   assert list(result["curves"]) == ["g1", "last2"]
   for name in result["curves"]:
-    assert len(common.logged(tmp_path / name / "seed0")) == 3
+    assert len(folders.logged(tmp_path / name / "seed0")) == 3
   weights = (tmp_path / "last2" / "seed0" / "flags.txt").read_text()
   assert "--weights=0.0,1.0" in weights and "--train_shots=2" in weights
   for suffix in ("png", "svg"):
@@ -441,7 +445,7 @@ def test_sine_leaves_its_table_and_figure(tmp_path):
   for found in result["methods"].values():
     assert len(found["loss"]) == len(found["interval95"]) == sine.GRADIENT_STEPS + 1
     assert np.all(np.isfinite(found["loss"]))
-  assert [record["step"] for record in common.logged(tmp_path / "maml")] == [0, 1, 2, 3]
+  assert [record["step"] for record in folders.logged(tmp_path / "maml")] == [0, 1, 2, 3]
   (tmp_path / "figure1.svg").unlink()
   sine.program(common.changed(tiny, plot_only=True))()
   assert (tmp_path / "figure1.svg").exists()

@@ -1,0 +1,124 @@
+"""Results as numbers and pictures."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: a binary has no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import metajax
+from experiments.folders import Record
+
+_DRAWING = threading.Lock()  # pyplot is one for all threads
+
+
+def with_intervals(values: dict[str, np.ndarray]) -> Record:
+  """`{cell: {"accuracy", "interval95"}}`, as fractions."""
+  cells = {}
+  for name, column in values.items():
+    mean, interval = metajax.mean_and_interval(column)
+    cells[name] = {"accuracy": round(mean, 6), "interval95": round(interval, 6)}
+  return cells
+
+
+def cells_over_seeds(results: Sequence[Record]) -> Record:
+  """The cells of one run; of several their mean, the deviation between the runs, and the mean of
+  the intervals within them."""
+  if len(results) == 1:
+    return results[0]["cells"]
+  cells = {}
+  for name in results[0]["cells"]:
+    column = lambda key, name=name: np.array([result["cells"][name][key] for result in results])
+    cells[name] = {
+      "accuracy": round(float(column("accuracy").mean()), 6),
+      "deviation_between_seeds": round(float(column("accuracy").std(ddof=1)), 6),
+      "interval95_within_a_run": round(float(column("interval95").mean()), 6),
+      "seeds": len(results),
+      "tasks": results[0]["cells"][name]["tasks"],
+    }
+  return cells
+
+
+def percent(cell: Record) -> str:
+  """The two kinds of uncertainty are named."""
+  mean = f"{100 * cell['accuracy']:.2f}"
+  if "seeds" in cell:
+    between, within = cell["deviation_between_seeds"], cell["interval95_within_a_run"]
+    return (
+      f"{mean} % (deviation between {cell['seeds']} seeds {100 * between:.2f}, "
+      f"95 % interval over tasks +- {100 * within:.2f})"
+    )
+  return f"{mean} +- {100 * cell['interval95']:.2f} %"
+
+
+def learning_curve_summary(record: Record) -> str:
+  cells = [
+    f"{split} {name} {percent(cell)}"
+    for split in ("train", "test")
+    for name, cell in record.get(split, {}).items()
+  ]
+  return f"step {record['step']}: " + ", ".join(cells)
+
+
+class Curve(NamedTuple):
+  """Accuracy in percent against meta-steps, with half the height of a band."""
+
+  steps: np.ndarray
+  mean: np.ndarray
+  band: np.ndarray
+
+
+def curve(runs: Sequence[list[Record]], split: str, name: str) -> Curve:
+  """One cell over time; the band is the 95 % interval over tasks of one run, or the standard
+  deviation between several."""
+  length = min(map(len, runs))
+  steps = np.array([record["step"] for record in runs[0][:length]])
+  values = lambda key: (
+    100 * np.array([[record[split][name][key] for record in run[:length]] for run in runs])
+  )
+  accuracy = values("accuracy")
+  band = values("interval95")[0] if len(runs) == 1 else accuracy.std(axis=0, ddof=1)
+  return Curve(steps, accuracy.mean(axis=0), band)
+
+
+def band_title(num_runs: int) -> str:
+  if num_runs == 1:
+    return "band: 95 % interval over tasks"
+  return f"band: standard deviation between {num_runs} seeds"
+
+
+def draw_learning_curve(runs: Sequence[list[Record]], path: Path) -> None:
+  """Accuracy against meta-steps of one run, or of one a seed: every cell, train and test tasks."""
+  with drawing(path, figsize=(6.4, 4.0)) as figure:
+    axes = figure.subplots()
+    for split, style in (("test", "-"), ("train", "--")):
+      for number, name in enumerate(runs[0][0].get(split, {})):
+        steps, mean, band = curve(runs, split, name)
+        color = f"C{number}"
+        axes.plot(steps, mean, style, color=color, marker=".", label=f"{split} tasks, {name}")
+        if split == "test":
+          axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.2, lw=0)
+    axes.set_xlabel("meta-steps")
+    axes.set_ylabel("accuracy after adaptation (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", title=band_title(len(runs)), fontsize=8, title_fontsize=8)
+
+
+@contextmanager
+def drawing(path: Path, **options: Any) -> Iterator[plt.Figure]:
+  """A figure, saved as PNG beside `path`'s stem, and as SVG if `path` has no suffix."""
+  with _DRAWING:
+    figure = plt.figure(layout="constrained", **options)
+    try:
+      yield figure
+      for suffix in [path.suffix] if path.suffix else [".png", ".svg"]:
+        figure.savefig(path.with_suffix(suffix), dpi=150)
+    finally:
+      plt.close(figure)
