@@ -37,29 +37,15 @@ CURVES: dict[str, tuple[str, list[float]]] = {
   **_fractions(4),
 }
 
+Logs = dict[str, list[list[folders.Record]]]  # by curve, of every seed
+
 # fmt: off
 _FLAGS = (
   *few_shot.FLAGS,
   flags.DEFINE_list("curves", list(CURVES), f"Any of {', '.join(CURVES)}."),
 )
 # fmt: on
-SETTING: dict[str, Any] = {  # of Figures 3 and 4
-  "dataset": "omniglot",
-  "algorithm": "combine",
-  "inner_optimizer": "sgd",
-  "inner_rate": 0.003,
-  "inner_steps": None,  # by the curve
-  "outer_rate": 0.25,
-  "meta_batch": 1,
-  "meta_steps": 40_000,
-  "execution": "serial",
-  "steps_per_call": 50,
-  "eval_batch": ["25"],
-  "eval_steps": 5,
-  "eval_tasks": 1_000,
-  "curve_splits": ["test"],
-}
-_DEFAULTS = SETTING | {"inner_batch": 25, "train_shots": None, "eval_every": 500}
+_DEFAULTS = few_shot.PLAIN_SGD | {"train_shots": None, "inner_batch": 25, "eval_every": 500}
 
 
 def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
@@ -73,7 +59,9 @@ def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
   unknown = sorted(set(settings.curves) - set(CURVES))
   if unknown or not settings.curves:
     raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
-  refuse(settings, "weights", "inner_steps", "train_shots")
+  common.refuse(settings, "weights", "inner_steps", "train_shots")
+  if "test" not in settings.curve_splits:
+    raise ValueError("--curve_splits must have test, which is what the figure shows")
   chosen = common.changed(settings)
   del chosen.curves
   found = {}
@@ -91,17 +79,6 @@ def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
   return found
 
 
-def refuse(settings: SimpleNamespace, *decided: str) -> None:
-  """Flags that a figure decides.
-
-  Raises:
-    ValueError: if one is given.
-  """
-  for name in decided:
-    if getattr(settings, name) is not None:
-      raise ValueError(f"--{name} is decided by the figure: leave it out, or use few_shot")
-
-
 def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> dict[str, Any]:
   """Trains what is not there yet; returns what it writes to result.json."""
   many = [
@@ -110,19 +87,23 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
     for name, one in zip(by_curve, of_seeds, strict=True)
   ]
   results = dict(zip((one.out for _, one in many), few_shot.run_all(many), strict=True))
+  folder = folders.open_folder(_of_figure(settings))
+  before = folder.result() or {"curves": {}, "seeds": settings.seeds}
+  curves = before["curves"] if before["seeds"] == settings.seeds else {}
+  curves |= {
+    name: reports.cells_over_seeds([results[one.out] for one in of_seeds])
+    for name, of_seeds in by_curve.items()
+  }
   result = {
-    "curves": {
-      name: reports.cells_over_seeds([results[one.out] for one in of_seeds])
-      for name, of_seeds in by_curve.items()
-    },
+    "curves": {name: curves[name] for name in CURVES if name in curves},
     "meta_steps": settings.meta_steps,
     "seeds": settings.seeds,
     "versions": folders.versions(),
   }
-  folders.write_json(Path(settings.out, "result.json"), result)
-  draw(settings, by_curve)
+  folder.finish(result)
+  draw(settings, _logs(by_curve))
   print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
-  for name, cells in result["curves"].items():
+  for name, cells in curves.items():
     print(f"  {CURVES[name][0]}")
     for cell, value in cells.items():
       print(f"    {cell:20s} {reports.percent(value)}")
@@ -130,9 +111,12 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
   return result
 
 
-def draw(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> None:
+def _logs(by_curve: dict[str, list[SimpleNamespace]]) -> Logs:
+  return {name: [folders.logged(one.out) for one in many] for name, many in by_curve.items()}
+
+
+def draw(settings: SimpleNamespace, logs: Logs) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
-  logs = {name: [folders.logged(one.out) for one in many] for name, many in by_curve.items()}
   cell = f"{settings.eval_shots[0]}-shot transductive"
   with reports.drawing(Path(settings.out, "figure3"), figsize=(7.2, 4.8)) as figure:
     axes = figure.subplots()
@@ -157,16 +141,20 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
   return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
+def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
+  """What all curves have in common: `--curves` may be trained one after another."""
+  return common.changed(settings, curves=None)
+
+
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
+  common.check_numbers(settings)
   settings = common.changed(settings, out=folders.folder_name("combinations", settings))
   by_curve = runs(settings)
   if settings.plot_only:
-    for many in by_curve.values():
-      for one in many:
-        folders.logged(one.out)
-    return partial(draw, settings, by_curve)
-  few_shot.check_data([many[0] for many in by_curve.values()])
+    return partial(draw, settings, _logs(by_curve))
+  few_shot.check_all([one for many in by_curve.values() for one in many])
+  folders.open_folder(_of_figure(settings)).begin("a run of each curve and seed")
   return partial(run, settings, by_curve)
 
 

@@ -108,6 +108,7 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
   A job is given a mesh of one device. After an exception in one, the others end at their next call
   of `train`'s compiled loop.
   """
+  failed: list[BaseException] = []
   free: SimpleQueue[jax.sharding.Mesh] = SimpleQueue()
   for device in jax.devices():
     free.put(metajax.task_mesh([device]))
@@ -119,7 +120,8 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
         raise RuntimeError("another run failed")
       with jax.default_device(mesh.devices.flat[0]):
         return job(mesh)
-    except BaseException:
+    except BaseException as error:
+      failed.append(error)
       _STOPPING.set()
       raise
     finally:
@@ -128,8 +130,9 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
   with ThreadPoolExecutor(len(jax.devices())) as pool:
     futures = [pool.submit(work, job) for job in jobs]
     try:
-      for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-        future.result()  # the first exception, not one of those that it stopped
+      wait(futures, return_when=FIRST_EXCEPTION)
+      if failed:
+        raise failed[0]  # the cause, not one of those that it stopped
       return [future.result() for future in futures]
     except BaseException:
       _STOPPING.set()
@@ -144,12 +147,23 @@ def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
   for name in ("meta_steps", "seeds", *at_least_one):
     if getattr(settings, name) < 1:
       raise ValueError(f"--{name}={getattr(settings, name)} must be at least 1")
-  if settings.eval_tasks < 2:
+  if settings.eval_tasks is not None and settings.eval_tasks < 2:
     raise ValueError(f"--eval_tasks={settings.eval_tasks} must be at least 2")
-  if not 0 <= settings.seed < 2**32 - settings.seeds:
+  if not 0 <= settings.seed <= 2**32 - settings.seeds:
     raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
   if settings.plot_only and settings.out is None:
     raise ValueError("--plot_only draws what --out holds: give an --out")
+
+
+def refuse(settings: SimpleNamespace, *decided: str) -> None:
+  """Flags that an experiment decides by itself, or has no use for.
+
+  Raises:
+    ValueError: if one is given.
+  """
+  for name in decided:
+    if getattr(settings, name) is not None:
+      raise ValueError(f"--{name} is not for this experiment to be given: leave it out")
 
 
 def train(

@@ -1,7 +1,7 @@
 """Few-shot classification (Section 6.1): meta-train one algorithm on one data set, and report.
 
   python -m experiments.few_shot
-  python -m experiments.few_shot --flagfile=experiments/flags/omniglot_5shot_5way_reptile.flags
+  python -m experiments.few_shot --flagfile=experiments/flags/omniglot_5way_reptile.flags
 
 The run folder (--out) gets flags.txt, metrics.jsonl, result.json, learning_curve.png and
 checkpoints; the same command with the same --out goes on where it stopped. With --seeds each run
@@ -10,7 +10,7 @@ has a folder of its own inside.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -97,6 +97,24 @@ FLAGS = (
 )
 # fmt: on
 _DEFAULTS = {"meta_steps": 600, "eval_tasks": 300}
+
+# Plain SGD inside and out, a task at a time: the setting of Figures 3 and 4.
+PLAIN_SGD: dict[str, Any] = {
+  "dataset": _OMNIGLOT,
+  "algorithm": "combine",
+  "inner_optimizer": "sgd",
+  "inner_rate": 0.003,
+  "inner_steps": None,  # by the curve
+  "outer_rate": 0.25,
+  "meta_batch": 1,
+  "meta_steps": 40_000,
+  "execution": "serial",
+  "steps_per_call": 50,
+  "eval_batch": ["25"],
+  "eval_steps": 5,
+  "eval_tasks": 1_000,
+  "curve_splits": ["test"],
+}
 
 _AT_LEAST_ONE = (
   "train_shots",
@@ -213,16 +231,24 @@ def check(settings: SimpleNamespace) -> None:
 
 def load(settings: SimpleNamespace) -> metajax.data.Splits:
   """The data set."""
-  if settings.dataset == _GLYPHS:
-    return metajax.data.glyphs.load(settings.seed)
-  if settings.dataset == _MINI_IMAGENET:
-    return metajax.data.mini_imagenet.load(settings.data_dir, cache_dir=settings.cache_dir)
-  return metajax.data.omniglot.load(
+  return _load(
+    settings.dataset,
     settings.data_dir,
-    protocol=settings.omniglot_protocol,
-    seed=settings.seed,
-    cache_dir=settings.cache_dir,
+    settings.cache_dir,
+    settings.omniglot_protocol,
+    settings.seed,
   )
+
+
+@lru_cache(maxsize=2)  # for many runs in one process
+def _load(
+  dataset: str, data_dir: str | None, cache_dir: str | None, protocol: Any, seed: int
+) -> metajax.data.Splits:
+  if dataset == _GLYPHS:
+    return metajax.data.glyphs.load(seed)
+  if dataset == _MINI_IMAGENET:
+    return metajax.data.mini_imagenet.load(data_dir, cache_dir=cache_dir)
+  return metajax.data.omniglot.load(data_dir, protocol=protocol, seed=seed, cache_dir=cache_dir)
 
 
 def build(
@@ -361,7 +387,10 @@ def prepare(
   mesh = metajax.task_mesh() if mesh is None else mesh
   splits = common.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
-  folder.begin(folders.describe(splits))
+  conditions = [folders.describe(splits)]
+  if settings.execution == "sharded":
+    conditions.append(f"inner states: {-(-settings.meta_batch // mesh.size) * mesh.size}")
+  folder.begin(*conditions)
   return experiment, folder
 
 
@@ -371,10 +400,7 @@ def run(
   folder: folders.RunFolder,
   label: str = "meta-training",
 ) -> dict[str, Any]:
-  """Trains and judges; returns what it writes to result.json. A complete run is left as it is."""
-  complete = folder.result()
-  if complete is not None:
-    return complete
+  """Trains and judges; returns what it writes to result.json."""
   init_key, train_key, curve_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -431,22 +457,25 @@ def run(
   return result
 
 
-def check_data(many: Sequence[SimpleNamespace]) -> None:
-  """Raises what `build` would, before anything is trained: on the data of the first settings."""
+def check_all(many: Sequence[SimpleNamespace]) -> None:
+  """Raises what is wrong with any of several runs, by the first's data, before one is trained."""
   mesh = metajax.task_mesh(jax.devices()[:1])
   splits = load(many[0])
   for settings in many:
+    check(settings)
+    folders.open_folder(settings)
     build(settings, splits, mesh)
 
 
 def run_all(many: Sequence[tuple[str, SimpleNamespace]]) -> list[dict[str, Any]]:
-  """The results of several labelled runs, in order.
+  """The results of several labelled runs, in order; those that are complete are left as they are.
 
   One after another on all devices if they spread their tasks, else each on a device of its own.
   """
 
   def job(label: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-    return run(settings, *prepare(settings, mesh), label)
+    complete = folders.open_folder(settings).result()
+    return complete or run(settings, *prepare(settings, mesh), label)
 
   if any(settings.execution == "sharded" for _, settings in many):
     return [job(label, settings, None) for label, settings in many]
@@ -454,28 +483,35 @@ def run_all(many: Sequence[tuple[str, SimpleNamespace]]) -> list[dict[str, Any]]
 
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
-  """What the binary does."""
+  """What the binary does, checked."""
   check(settings)
-  settings = common.changed(
-    settings, out=folders.folder_name(f"few_shot-{settings.dataset}", settings)
-  )
-  runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
+  name = folders.folder_name(f"few_shot-{settings.dataset}", settings)
+  settings = common.changed(settings, out=name)
   picture = Path(settings.out, "learning_curve.png")
   if settings.plot_only:
-    logs = [folders.logged(run.out) for run in runs]
+    of_seeds = sorted(log.parent for log in Path(settings.out).glob("seed*/metrics.jsonl"))
+    logs = [folders.logged(folder) for folder in of_seeds or [settings.out]]
     return partial(reports.draw_learning_curve, logs, picture)
+  folder = folders.open_folder(settings)
   if settings.seeds == 1:
+    complete = folder.result()
+    if complete is not None:
+      return partial(report, settings, complete)
     prepared = prepare(settings)
     return lambda: report(settings, run(settings, *prepared))
-  folder = folders.open_folder(settings)
-  check_data([settings])
+  runs = common.of_each_seed(settings)
+  check_all(runs)
   folder.begin("a run of each seed")
 
   def each_seed() -> None:
     results = run_all([(f"seed {run.seed}", run) for run in runs])
-    seconds = round(sum(result["train_seconds"] for result in results), 3)
-    cells = reports.cells_over_seeds(results)
-    whole = {**results[0], "cells": cells, "train_seconds": seconds}
+    mean = lambda key: round(sum(result[key] for result in results) / len(results), 3)
+    whole = {
+      **results[0],
+      "cells": reports.cells_over_seeds(results),
+      "train_seconds": mean("train_seconds"),
+      "meta_steps_per_second": mean("meta_steps_per_second"),
+    }
     folder.finish(whole)
     reports.draw_learning_curve([folders.logged(run.out) for run in runs], picture)
     report(settings, whole)
@@ -492,7 +528,10 @@ def report(settings: SimpleNamespace, result: dict[str, Any]) -> None:
   for name, cell in result["cells"].items():
     print(f"  {name:20s} {reports.percent(cell)}")
   seconds = result["train_seconds"]
-  print(f"  {settings.meta_steps} meta-steps in {seconds:.1f} s; the run is in {settings.out}")
+  each = " each" if settings.seeds > 1 else ""
+  print(
+    f"  {settings.meta_steps} meta-steps in {seconds:.1f} s{each}; the run is in {settings.out}"
+  )
 
 
 def defaults(**changes: Any) -> SimpleNamespace:

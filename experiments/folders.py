@@ -43,16 +43,16 @@ class RunFolder:
     if then or now:
       raise ValueError(
         f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "
-        "go on with the same flags and data, or choose another --out"
+        "go on as it began, or choose another --out"
       )
 
-  def begin(self, data: str) -> None:
-    """Makes the folder and writes flags.txt, with a comment that says which data these are.
+  def begin(self, *conditions: str) -> None:
+    """Makes the folder and writes flags.txt, with what else must not change as comments.
 
     Raises:
-      ValueError: if that cannot be done, or the run was begun on other data.
+      ValueError: if that cannot be done, or the run was begun under other conditions.
     """
-    self._lines.append(f"# {data}")
+    self._lines += [f"# {condition}" for condition in conditions]
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       if self._flags.is_file():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import combinations, common, few_shot, folders, reports
+from experiments import common, few_shot, folders, reports
 
 CURVES: dict[str, dict[str, Any]] = {
   "Reptile (cycling)": {"tail": "shared", "minibatches": "cycling"},
@@ -45,7 +45,7 @@ _FLAGS = (
   flags.DEFINE_list("panels", list(PANELS), f"Any of {', '.join(PANELS)}."),
 )
 # fmt: on
-_DEFAULTS: dict[str, Any] = combinations.SETTING | {
+_DEFAULTS: dict[str, Any] = few_shot.PLAIN_SGD | {
   "inner_batch": None,  # by the point, as these two
   "tail": None,
   "minibatches": None,
@@ -74,7 +74,7 @@ def points(settings: SimpleNamespace) -> list[Point]:
   unknown = sorted(set(settings.panels) - set(PANELS))
   if unknown or not settings.panels:
     raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas")
-  combinations.refuse(settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches")
+  common.refuse(settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches")
   found = []
   for panel in settings.panels:
     name, values = PANELS[panel]
@@ -110,21 +110,25 @@ def run(settings: SimpleNamespace, found: list[Point]) -> dict[str, Any]:
     for one in point.runs
   }
   results = dict(zip(many, few_shot.run_all(list(many.values())), strict=True))
+  folder = folders.open_folder(_of_figure(settings))
+  before = folder.result() or {"points": [], "seeds": settings.seeds}
+  kept = before["points"] if before["seeds"] == settings.seeds else []
+  points = [point for point in kept if point["panel"] not in settings.panels] + [
+    {
+      **point._asdict(),
+      "cells": reports.cells_over_seeds([results[one.out] for one in point.runs]),
+      "runs": [Path(one.out).relative_to(settings.out).as_posix() for one in point.runs],
+    }
+    for point in found
+  ]
   result = {
-    "points": [
-      {
-        **point._asdict(),
-        "cells": reports.cells_over_seeds([results[one.out] for one in point.runs]),
-        "runs": [Path(one.out).relative_to(settings.out).as_posix() for one in point.runs],
-      }
-      for point in found
-    ],
+    "points": sorted(points, key=lambda point: point["panel"]),
     "meta_steps": settings.meta_steps,
     "seeds": settings.seeds,
     "cell": f"{settings.eval_shots[0]}-shot transductive",
     "versions": folders.versions(),
   }
-  folders.write_json(Path(settings.out, "result.json"), result)
+  folder.finish(result)
   draw(result, Path(settings.out, "figure4"))
   print(f"{result['cell']} accuracy over {settings.eval_tasks} test tasks")
   for panel, curve, xs, cells in _lines(result):
@@ -165,18 +169,30 @@ def draw(result: dict[str, Any], path: Path) -> None:
       if panel == "c":
         axes.set_xscale("log", base=2)
     all_axes[panels[0]].set_ylabel(f"final accuracy, {result['cell']} (%)")
-    handles = all_axes[panels[0]].get_legend_handles_labels()
+    lines = [axes.get_legend_handles_labels() for axes in all_axes.values()]
+    handles = max(lines, key=lambda line: len(line[0]))  # (c) has one curve only
     bars = reports.band_title(result["seeds"]).replace("band", "bars")
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, title=bars)
 
 
+def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
+  """What all points have in common: `--panels` may be trained one after another."""
+  return common.changed(settings, panels=None)
+
+
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
+  common.check_numbers(settings)
   settings = common.changed(settings, out=folders.folder_name("overlap", settings))
-  if settings.plot_only:
-    return partial(draw, folders.finished(settings.out), Path(settings.out, "figure4"))
   found = points(settings)
-  few_shot.check_data([point.runs[0] for point in found])
+  if settings.plot_only:
+    result = folders.finished(settings.out)
+    shown = [point for point in result["points"] if point["panel"] in settings.panels]
+    if not shown:
+      raise ValueError(f"{settings.out} has no points of --panels={','.join(settings.panels)} yet")
+    return partial(draw, result | {"points": shown}, Path(settings.out, "figure4"))
+  few_shot.check_all([one for point in found for one in point.runs])
+  folders.open_folder(_of_figure(settings)).begin("a run of each point and seed")
   return partial(run, settings, found)
 
 

@@ -77,7 +77,16 @@ class Curve(NamedTuple):
 
 def curve(runs: Sequence[list[Record]], split: str, name: str) -> Curve:
   """One cell over time; the band is the 95 % interval over tasks of one run, or the standard
-  deviation between several."""
+  deviation between several.
+
+  Raises:
+    ValueError: if the runs have no such cell.
+  """
+  if name not in runs[0][0].get(split, {}):
+    logged = [
+      f"{split} {name}" for split in ("train", "test") for name in runs[0][0].get(split, {})
+    ]
+    raise ValueError(f"the logs hold {', '.join(logged)}, and not {split} {name}")
   length = min(map(len, runs))
   steps = np.array([record["step"] for record in runs[0][:length]])
   values = lambda key: (

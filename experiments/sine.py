@@ -27,7 +27,7 @@ GRADIENT_STEPS = 32
 _INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
 _POINTS, _GRID = 10, 50
 _CURVE_TASKS = 100
-_DEFAULTS = {"meta_steps": 30_000, "eval_tasks": 1_000}
+_DEFAULTS = {"meta_steps": 100_000, "eval_tasks": 1_000}
 
 MODEL = metajax.models.sine()
 LOSS = metajax.losses.squared_error(MODEL.apply, reduction="mean")

@@ -22,8 +22,9 @@ class Expansion(NamedTuple):
 
   Attributes:
     avg_grad: E[L'], the gradient of the expected loss.
-    avg_grad_inner: E[L_i'' L_j'] over two minibatches of a task: its negative is the direction that
-      increases the inner product of their gradients.
+    avg_grad_inner: E[L_i'' L_j'] over two minibatches of a task, half the gradient of the inner
+      product of their gradients. Every estimator has it with a minus, so that descent raises that
+      product: a step on one minibatch then helps on another.
   """
 
   avg_grad: Params
@@ -139,14 +140,16 @@ def half_squared_distance(project: Callable[[Params], Params]) -> Callable[[Para
   """phi -> D(phi, W)^2 / 2, with W the solutions of a task (Section 5.2).
 
   Its gradient is phi - P(phi) (Equations 44 to 46), so that descent on its mean over tasks is
-  Reptile with an inner loop that goes all the way to the nearest solution (Equation 47).
+  Reptile with an inner loop that goes all the way to the nearest solution (Equation 47). For first
+  derivatives only: how the nearest solution moves is left out, since to first order it moves along
+  W, at right angles to the displacement.
 
   Args:
     project: P, phi to the nearest point of W.
   """
 
   def half_square(params: Params) -> jax.Array:
-    nearest = jax.lax.stop_gradient(project(params))  # at a minimum, it moves to second order only
+    nearest = jax.lax.stop_gradient(project(params))
     squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), params, nearest)
     return 0.5 * jax.tree.reduce(jnp.add, squares)
 

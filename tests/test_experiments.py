@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   resumed = execute(killed)
 
   shutil.rmtree(tmp_path / "whole" / "checkpoints")
-  assert execute(settings(out=str(tmp_path / "whole"))) == whole  # complete: left as it is
+  assert few_shot.run_all([("again", settings(out=str(tmp_path / "whole")))]) == [whole]
   (tmp_path / "whole" / "checkpoints").mkdir()
 
   timeless = lambda result: {k: v for k, v in result.items() if "second" not in k}
@@ -304,7 +304,7 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
 
   picture = out / "learning_curve.png"
   picture.unlink()
-  few_shot.program(settings(out=str(out), seeds=2, seed=3, plot_only=True))()
+  few_shot.program(settings(out=str(out), plot_only=True))()
   assert picture.exists()
   with pytest.raises(ValueError, match="holds no run to draw"):
     few_shot.program(settings(out=str(tmp_path / "nothing"), plot_only=True))
@@ -341,6 +341,8 @@ def test_combinations_draw_figure_3(tmp_path, glyphs):
   for suffix in ("png", "svg"):
     (tmp_path / f"figure3.{suffix}").unlink()
   combinations.program(combinations.defaults(**tiny, plot_only=True))()
+  with pytest.raises(ValueError, match="then --ways=3; now --ways=4"):
+    combinations.program(combinations.defaults(**tiny | {"ways": 4}))
   assert (tmp_path / "figure3.png").exists() and (tmp_path / "figure3.svg").exists()
 
 
@@ -372,40 +374,61 @@ def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
   tiny = {"dataset": "glyphs", "ways": 3, "train_shots": 10, "tail_shots": 1}
   tiny |= {"eval_shots": ["1"], "panels": ["a", "c"], "out": str(tmp_path)}
   monkeypatch.setitem(overlap.PANELS, "a", ("inner_steps", (2, 4)))
+  monkeypatch.setitem(overlap.PANELS, "b", ("inner_batch", (10, 30)))
   result = overlap.program(overlap.defaults(**tiny))()
   assert len(result["points"]) == 2 * 4 + 6 and len(asked) == len(set(asked)) == 2 * 4 + 6
   accuracies = {p["x"]: p["cells"]["1-shot transductive"]["accuracy"] for p in result["points"]}
   assert (accuracies[2], accuracies[4]) == (1 / 2, 1 / 4)
+  asked.clear()
+  overlap.program(overlap.defaults(**tiny | {"panels": ["b"]}))()
+  both = json.loads((tmp_path / "result.json").read_text())["points"]
+  assert [point["panel"] for point in both] == ["a"] * 8 + ["b"] * 8 + ["c"] * 6  # added to
   (tmp_path / "figure4.png").unlink()
   overlap.program(overlap.defaults(**tiny, plot_only=True))()
   assert (tmp_path / "figure4.png").exists() and (tmp_path / "figure4.svg").exists()
 
 
+# (a shared or separate tail, cycling or replacement) of every curve, from the paper's legend
+FIGURE_4 = {
+  "Reptile (cycling)": ("shared", "cycling"),
+  "FOMAML (separate tail, cycling)": ("separate", "cycling"),
+  "FOMAML (shared tail, replacement)": ("shared", "replacement"),
+  "FOMAML (shared tail, cycling)": ("shared", "cycling"),
+}
+
+
 def test_the_points_of_figure_4():
   found = overlap.points(overlap.defaults(out="nowhere"))
-  ends = {(p.panel, p.curve): p.runs[0] for p in found}
-  assert len(ends) == 4 + 4 + 1
-  assert len({run.out for p in found for run in p.runs}) == len(found) - 4  # a and b share four
-  for (panel, curve), one in ends.items():
+  assert len({(point.panel, point.curve) for point in found}) == 4 + 4 + 1
+  assert (
+    len({one.out for point in found for one in point.runs}) == len(found) - 4
+  )  # a, b share four
+  for panel, curve, x, (one,) in found:
+    last = [0] * (one.inner_steps - 1) + [1]
+    assert one.weights == ([1] * one.inner_steps if curve.startswith("Reptile") else last)
+    assert (one.tail, one.minibatches) == FIGURE_4[curve]
     assert one.ways * one.train_shots == 100 and one.inner_rate == 0.003
-    assert one.weights[-1] == 1 and sum(one.weights) == (
-      one.inner_steps if curve.startswith("Reptile") else 1
-    )
-    if panel == "c":
-      assert one.inner_batch == 100 and one.outer_rate == 32
+    assert one.ways * one.tail_shots == 25
+    varied = {"a": (x, 25, 0.25), "b": (4, x, 0.25), "c": (4, 100, x)}[panel]
+    assert (one.inner_steps, one.inner_batch, one.outer_rate) == varied
+  assert {curve for panel, curve, *_ in found if panel == "c"} == {"FOMAML (shared tail, cycling)"}
+  assert max(x for panel, _, x, _ in found if panel == "c") == 32
 
 
 @pytest.mark.parametrize(
   ("module", "bad", "message"),
   [
     (combinations, {"curves": ["g9"]}, "--curves must be any of g1, mean2"),
-    (combinations, {"weights": ["1"]}, "--weights is decided by the figure"),
-    (combinations, {"inner_steps": 3}, "--inner_steps is decided by the figure"),
+    (combinations, {"weights": ["1"]}, "--weights is not for this experiment"),
+    (combinations, {"inner_steps": 3}, "--inner_steps is not for this experiment"),
+    (combinations, {"curve_splits": ["train"]}, "--curve_splits must have test"),
+    (combinations, {"plot_only": True, "out": None}, "give an --out"),
     (overlap, {"panels": []}, "--panels must be any of a, b, c"),
-    (overlap, {"inner_batch": 3}, "--inner_batch is decided by the figure"),
+    (overlap, {"inner_batch": 3}, "--inner_batch is not for this experiment"),
     (overlap, {"plot_only": True}, "holds no complete run to draw"),
     (expansions, {"waves": 0}, "--waves=0 must be at least 1"),
     (expansions, {"seeds": 2}, "--seeds must be 1"),
+    (expansions, {"eval_tasks": 5}, "--eval_tasks is not for this experiment"),
   ],
 )
 def test_figures_refuse_what_they_decide(module, bad, message, tmp_path):
