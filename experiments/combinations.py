@@ -118,9 +118,10 @@ def _logs(by_curve: dict[str, list[SimpleNamespace]]) -> Logs:
 def draw(settings: SimpleNamespace, logs: Logs) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
   cell = f"{settings.eval_shots[0]}-shot transductive"
-  with reports.drawing(Path(settings.out, "figure3"), figsize=(7.2, 4.8)) as figure:
+  with reports.drawing(Path(settings.out, "figure3"), figsize=(9.0, 4.8)) as figure:
     axes = figure.subplots()
-    for name, records in logs.items():
+    for name in (name for name in CURVES if name in logs):
+      records = logs[name]
       label, weights = CURVES[name]
       steps, mean, band = reports.curve(records, "test", cell)
       mean, band = _smooth(mean), _smooth(band)
@@ -132,13 +133,14 @@ def draw(settings: SimpleNamespace, logs: Logs) -> None:
     axes.grid(alpha=0.3)
     seeds = min(map(len, logs.values()))
     title = f"{cell},\nrunning mean of 5 points;\n{reports.band_title(seeds)}"
-    axes.legend(title=title, fontsize=8, title_fontsize=8, loc="lower right")
+    figure.legend(title=title, fontsize=8, title_fontsize=8, loc="outside right center")
 
 
-def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-  """The running mean, over fewer points at the ends."""
-  ones = np.ones(min(width, len(values)))
-  return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+def _smooth(values: np.ndarray, reach: int = 2) -> np.ndarray:
+  """The mean of a point and `reach` on either side, of fewer toward the ends."""
+  last = len(values) - 1
+  reaches = [min(reach, i, last - i) for i in range(len(values))]
+  return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reaches)])
 
 
 def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
