@@ -101,7 +101,8 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
     "versions": folders.versions(),
   }
   folder.finish(result)
-  draw(settings, _logs(by_curve))
+  all_there = common.changed(settings, curves=list(result["curves"]))
+  draw(settings, _logs(runs(all_there)))
   print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
   for name, cells in curves.items():
     print(f"  {CURVES[name][0]}")
