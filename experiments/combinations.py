@@ -104,7 +104,7 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
   all_there = common.changed(settings, curves=list(result["curves"]))
   draw(settings, _logs(runs(all_there)))
   print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
-  for name, cells in curves.items():
+  for name, cells in result["curves"].items():
     print(f"  {CURVES[name][0]}")
     for cell, value in cells.items():
       print(f"    {cell:20s} {reports.percent(value)}")
