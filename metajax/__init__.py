@@ -7,13 +7,14 @@ from metajax.backend import cores_as_devices, task_mesh
 from metajax.evaluation import Mean, evaluate, inductive, mean_and_interval, transductive
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, stateless
 from metajax.inner import LearnerState, Step, inner_step, inner_update
-from metajax.meta import MetaLearner, MetaState, meta_learner, run
+from metajax.meta import MetaLearner, MetaState, Sweep, meta_learner, run, sweep
 from metajax.minibatches import cycling, replacement, separate_tail, shared_tail
 from metajax.models import Model
 from metajax.parallel import (
   batched,
   first_slot,
   map_tasks,
+  per_device,
   sample_episodes,
   serial,
   sharded,
@@ -33,6 +34,7 @@ __all__ = [
   "MetaState",
   "Model",
   "Step",
+  "Sweep",
   "Task",
   "batched",
   "combine",
@@ -52,6 +54,7 @@ __all__ = [
   "mean_and_interval",
   "meta_learner",
   "models",
+  "per_device",
   "replacement",
   "reptile",
   "run",
@@ -61,6 +64,7 @@ __all__ = [
   "sharded",
   "shared_tail",
   "stateless",
+  "sweep",
   "task_mesh",
   "theory",
   "transductive",

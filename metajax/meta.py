@@ -81,3 +81,39 @@ def run(
     return jax.lax.scan(body, state, length=num_steps)
 
   return run_steps
+
+
+class Sweep(NamedTuple):
+  """Runs that differ in values or seeds, side by side: all leaves are `[R, ...]`, for R runs.
+
+  `init: (values, params) -> MetaState` and `run: (values, MetaState, keys) -> (MetaState, Info)`.
+  """
+
+  init: Callable[[Any, Params], MetaState]
+  run: Callable[[Any, MetaState, PRNGKey], tuple[MetaState, Info]]
+
+
+def sweep(
+  make_learner: Callable[[Any], MetaLearner], sample_episodes: SampleEpisodes, num_steps: int
+) -> Sweep:
+  """Many runs at once under vmap, each the same as if it ran alone.
+
+  Args:
+    make_learner: from a run's values, say a pair of learning rates, to its learner. The values are
+      traced: they may be rates and weights, but not sizes.
+    sample_episodes: `key -> Episode`, for all; equal keys draw equal tasks.
+    num_steps: meta-steps in one call of `Sweep.run`.
+
+  Raises:
+    ValueError: if `num_steps` is below 1.
+  """
+
+  def init(values: Any, params: Params) -> MetaState:
+    return make_learner(values).init(params)
+
+  def run_one(values: Any, state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
+    return run(make_learner(values), sample_episodes, num_steps)(state, key)
+
+  if num_steps < 1:
+    raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+  return Sweep(jax.vmap(init), jax.vmap(run_one))

@@ -10,7 +10,9 @@ from typing import Any
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax import backend
@@ -27,19 +29,47 @@ from metajax.types import (
 
 
 def sample_episodes(
-  sample_task: SampleTask, make_episode: MakeEpisode, num_tasks: int
+  sample_task: SampleTask,
+  make_episode: MakeEpisode,
+  num_tasks: int,
+  mesh: Mesh | None = None,
 ) -> SampleEpisodes:
   """A meta-batch of episodes: `key -> Episode` with leaves `[T, ...]`; it consumes the key.
 
-  The key of task j is `fold_in(key, j)`, whatever T is.
-  """
+  The key of task j is `fold_in(key, j)`, whatever T is and wherever it is drawn.
 
-  def sample_one(key: PRNGKey) -> Episode:
-    task_key, episode_key = jax.random.split(key)
+  Args:
+    sample_task: `key -> Task`. With a mesh, the data that it closes over is on all its devices.
+    make_episode: `(key, Task) -> Episode`.
+    num_tasks: `T`, the meta-batch.
+    mesh: of `sharded`: each device then draws the tasks of its own slots and no others. If the
+      devices do not divide `T`, the leaves are `[slots, ...]`, the last task repeated.
+
+  Raises:
+    ValueError: if `num_tasks` is below 1, or the mesh has more than one axis.
+  """
+  _check_sizes(num_tasks, None)
+
+  def sample_one(key: PRNGKey, task: jax.Array) -> Episode:
+    task_key, episode_key = jax.random.split(jax.random.fold_in(key, task))
     return make_episode(episode_key, sample_task(task_key))
 
+  if mesh is None:
+    sample_many = jax.vmap(sample_one, in_axes=(None, 0))
+    return lambda key: sample_many(key, jnp.arange(num_tasks))
+
+  mesh, by_slot = _mesh_and_spec(mesh)
+  tasks = jnp.asarray(np.minimum(np.arange(_slots(num_tasks, mesh)), num_tasks - 1))
+
   def sample(key: PRNGKey) -> Episode:
-    return jax.vmap(lambda task: sample_one(jax.random.fold_in(key, task)))(jnp.arange(num_tasks))
+    all_devices = jax.shard_map(
+      jax.vmap(_traced(sample_one, key, tasks[0]), in_axes=(None, 0)),
+      mesh=mesh,
+      in_specs=(PartitionSpec(), by_slot),
+      out_specs=by_slot,
+      check_vma=False,
+    )
+    return all_devices(key, tasks)
 
   return sample
 
@@ -127,7 +157,7 @@ def sharded(
   """
   _check_sizes(num_tasks, chunk)
   mesh, by_slot = _mesh_and_spec(mesh)
-  slots = -(-num_tasks // mesh.size) * mesh.size
+  slots = _slots(num_tasks, mesh)
   chunk = _chunk_or_default(chunk, slots // mesh.size)
   everywhere = PartitionSpec()
 
@@ -155,10 +185,61 @@ def sharded(
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    chex.assert_tree_shape_prefix(episodes, (num_tasks,))
     chex.assert_tree_shape_prefix(inner_state, (slots,))
+    if episodes.schedule.shape[0] != slots:  # not drawn with the mesh
+      chex.assert_tree_shape_prefix(episodes, (num_tasks,))
+      episodes = _padded(episodes, num_tasks, slots)
     counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
-    return all_devices(params, inner_state, _padded(episodes, num_tasks, slots), counts)
+    return all_devices(params, inner_state, episodes, counts)
+
+  return MetaGradient(init, estimate)
+
+
+def per_device(meta_gradient: MetaGradient, mesh: Mesh | None = None) -> MetaGradient:
+  """What `meta_gradient` makes of each device's share of the tasks, averaged over the devices.
+
+  `per_device(serial(one))` is the paper's handling on each device: its tasks in turn, one inner
+  state handed along. The inner states, `[devices, ...]`, stay where they are. With `serial` the
+  result depends on the number of devices; `sharded` is the one that does not.
+
+  Args:
+    meta_gradient: an estimator for a meta-batch.
+    mesh: of one axis; by default `task_mesh()`, all devices. They must divide `T`.
+
+  Raises:
+    ValueError: if the mesh has more than one axis, or its devices do not divide `T`.
+  """
+  mesh, by_device = _mesh_and_spec(mesh)
+  everywhere = PartitionSpec()
+
+  def init(params: Params) -> InnerState:
+    state = _repeated(meta_gradient.init(params), mesh.size)
+    return jax.device_put(state, NamedSharding(mesh, by_device))
+
+  def one_device(
+    params: Params, inner_state: InnerState, episodes: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    gradient, inner_state, info = meta_gradient.estimate(params, first_slot(inner_state), episodes)
+    gradient, info = jax.lax.pmean((gradient, info), mesh.axis_names)
+    return gradient, jax.tree.map(lambda leaf: leaf[None], inner_state), info
+
+  all_devices = jax.shard_map(
+    one_device,
+    mesh=mesh,
+    in_specs=(everywhere, by_device, by_device),
+    out_specs=(everywhere, by_device, everywhere),
+    check_vma=False,
+  )
+
+  def estimate(
+    params: Params, inner_state: InnerState, episodes: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    num_tasks = episodes.schedule.shape[0]
+    if num_tasks % mesh.size:
+      raise ValueError(
+        f"{mesh.size} devices do not divide {num_tasks} tasks: change the meta-batch"
+      )
+    return all_devices(params, inner_state, episodes)
 
   return MetaGradient(init, estimate)
 
@@ -169,8 +250,8 @@ def map_tasks(
   """A function of one task, on many: spread over the devices, a few at a time on each.
 
   Args:
-    function: `(shared, task) -> outputs`, say an adaptation and its accuracy. What it needs from
-      arrays comes as an argument: a function mapped over devices cannot close over spread arrays.
+    function: `(shared, task) -> outputs`, say an adaptation and its accuracy. A task may be as
+      little as its number or key, from which the function draws it.
     mesh: of one axis; by default `task_mesh()`, all devices.
     chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
 
@@ -184,22 +265,22 @@ def map_tasks(
     raise ValueError(f"chunk must be at least 1, not {chunk}")
   mesh, by_task = _mesh_and_spec(mesh)
 
-  def one_device(shared: Any, tasks: Any) -> Any:
-    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-    size = _chunk_or_default(chunk, num_tasks)
-    return jax.lax.map(partial(function, shared), tasks, batch_size=size)
-
-  all_devices = jax.shard_map(
-    one_device,
-    mesh=mesh,
-    in_specs=(PartitionSpec(), by_task),
-    out_specs=by_task,
-    check_vma=False,
-  )
-
   def mapped(shared: Any, tasks: Any) -> Any:
     num_tasks = jax.tree.leaves(tasks)[0].shape[0]
-    slots = -(-num_tasks // mesh.size) * mesh.size
+    slots = _slots(num_tasks, mesh)
+    size = _chunk_or_default(chunk, slots // mesh.size)
+    one_task = _traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
+
+    def one_device(shared: Any, tasks: Any) -> Any:
+      return jax.lax.map(partial(one_task, shared), tasks, batch_size=size)
+
+    all_devices = jax.shard_map(
+      one_device,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), by_task),
+      out_specs=by_task,
+      check_vma=False,
+    )
     outputs = all_devices(shared, _padded(tasks, num_tasks, slots))
     return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
 
@@ -261,6 +342,19 @@ def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
   if len(mesh.axis_names) != 1:
     raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
   return mesh, PartitionSpec(mesh.axis_names)
+
+
+def _slots(num_tasks: int, mesh: Mesh) -> int:
+  """As many as there are tasks, or as the devices divide."""
+  return -(-num_tasks // mesh.size) * mesh.size
+
+
+def _traced(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+  """The function, traced out here: inside shard_map, indexing data on the mesh is refused."""
+  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  structure = jax.tree.structure(shapes)
+  flat = jax.extend.core.jaxpr_as_fun(program)
+  return lambda *arguments: jax.tree.unflatten(structure, flat(*jax.tree.leaves(arguments)))
 
 
 def _chunk_or_default(chunk: int | None, num_tasks: int) -> int:

@@ -1,7 +1,14 @@
+import gc
+import re
+import shutil
+import sys
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import metajax
 from metajax.checkpoint import checkpoints
@@ -14,20 +21,139 @@ def make():
   return learner, learner.init(problems.weights())
 
 
-def test_the_newest_state_comes_back_whole_and_old_ones_go(tmp_path):
-  learner, state = make()
-  states = []
-  saved = checkpoints(tmp_path / "run", keep=2)
-  assert saved.restore(state) is None
-  for seed in range(3):
-    state, _ = learner.step(state, problems.episodes((seed, seed + 7), k=2))
+LEARNER, START = make()
+
+
+@pytest.fixture(scope="module")
+def states():
+  """The states after 1, 2, 3 and 4 meta-steps."""
+  states, step = [START], jax.jit(LEARNER.step)
+  for seed in range(4):
+    states.append(step(states[-1], problems.episodes((seed, seed + 7), k=2))[0])
+  return states[1:]
+
+
+@pytest.fixture(scope="module")
+def of_three(states, tmp_path_factory):
+  """A folder with three checkpoints."""
+  folder = tmp_path_factory.mktemp("run")
+  saved = checkpoints(folder, keep=3)
+  for state in states[:3]:
     saved.save(state)
-    states.append(jax.device_get(state))
+  saved.close()
+  return folder
+
+
+def restored(folder, method="restore", like=START):
+  """What is found, or the error's message."""
+  saved = checkpoints(folder)
+  try:
+    return getattr(saved, method)(jax.tree.map(jnp.zeros_like, like))
+  except ValueError as error:
+    return str(error)
+  finally:
+    saved.close()
+
+
+def equal(found, state):
+  jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_the_newest_state_comes_back_whole_and_old_ones_go(tmp_path, states):
+  saved = checkpoints(tmp_path / "run", keep=2)
+  assert saved.restore(START) is None
+  donating = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
+  for state in states[:3]:
+    copy = jax.tree.map(jnp.copy, state)
+    saved.save(copy, {"seconds": 1.5})
+    donating(copy)  # while it is being written
   saved.close()
 
-  again = checkpoints(tmp_path / "run")
-  restored = again.restore(jax.tree.map(jnp.zeros_like, state))
-  again.close()
-  assert isinstance(restored, metajax.MetaState) and restored.step == 3
-  jax.tree.map(np.testing.assert_array_equal, restored, states[-1])
+  found = restored(tmp_path / "run")
+  assert isinstance(found.state, metajax.MetaState) and found.state.step == 3
+  equal(found.state, states[2])
+  assert found.extra == {"seconds": 1.5}
   assert {path.name for path in (tmp_path / "run").iterdir()} == {"2", "3"}
+
+
+def test_the_best_is_kept_however_old(tmp_path, states):
+  saved = checkpoints(tmp_path, keep=1)
+  for state, score in zip(states, (0.2, 0.9, 0.3, float("nan")), strict=True):
+    saved.save(state, score=score)
+  saved.close()
+  assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+  equal(restored(tmp_path, "best").state, states[1])
+  equal(restored(tmp_path).state, states[3])
+
+
+def test_none_is_the_best_without_scores(of_three):
+  assert restored(of_three, "best") is None
+
+
+@pytest.fixture
+def failed_readings(monkeypatch):
+  """A reading that failed leaves others under way, which complain that nobody waits for them."""
+  monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+  yield
+  gc.collect()
+
+
+def files_of(folder):
+  return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+@pytest.mark.usefixtures("failed_readings")
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "emptied", "removed"])
+def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
+  damage, tmp_path, of_three, states
+):
+  """Every file of a checkpoint is damaged in turn: the state is the right one, or the one before."""
+  names = [path.relative_to(of_three / "3") for path in files_of(of_three / "3")]
+  passed_over = 0
+  for number, name in enumerate(names):
+    folder = tmp_path / str(number)
+    shutil.copytree(of_three, folder)
+    file = folder / "3" / name
+    content = bytearray(file.read_bytes())
+    if damage == "bit flipped":
+      content[len(content) // 2] ^= 1
+      file.write_bytes(content)
+    elif damage == "removed":
+      file.unlink()
+    else:
+      file.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("always")
+      found = restored(folder)
+    equal(found.state, states[int(found.state.step) - 1])
+    if found.state.step == 2:
+      passed_over += 1
+      said = [str(one.message) for one in caught if "is damaged and removed" in str(one.message)]
+      assert len(said) == 1 and "\n" not in said[0] and "checkpoint 3 of" in said[0]
+      assert not (folder / "3").exists()
+    else:
+      assert found.state.step == 3  # a file that the numbers do not come from
+  assert passed_over >= 2
+
+
+@pytest.mark.usefixtures("failed_readings")
+def test_if_all_are_damaged_none_is_removed(tmp_path, of_three):
+  shutil.copytree(of_three, tmp_path / "run")
+  for file in files_of(tmp_path / "run"):
+    file.write_bytes(b"")
+  assert re.match("no checkpoint of .* can be restored", restored(tmp_path / "run"))
+  assert {path.name for path in (tmp_path / "run").iterdir()} == {"1", "2", "3"}
+
+
+@pytest.mark.usefixtures("failed_readings")
+def test_a_state_of_another_shape_is_refused_and_nothing_removed(tmp_path, of_three):
+  shutil.copytree(of_three, tmp_path / "run")
+  other = START._replace(params=jnp.zeros(3))
+  message = restored(tmp_path / "run", like=other)
+  assert re.match("no checkpoint of .* can be restored", message) and "\n" not in message
+  assert {path.name for path in (tmp_path / "run").iterdir()} == {"1", "2", "3"}
+
+
+def test_at_least_one_is_kept(tmp_path):
+  with pytest.raises(ValueError, match="keep must be at least 1"):
+    checkpoints(tmp_path, keep=0)
