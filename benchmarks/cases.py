@@ -58,6 +58,7 @@ class Program(NamedTuple):
   """A case, compiled."""
 
   case: Case
+  compiled: jax.stages.Compiled
   call: Callable[[], Any]
   flops: float
   lower_seconds: float
@@ -187,6 +188,7 @@ def compile_case(case: Case, *, judge: bool = True) -> Program:
     error = relative_error(state.outer[0].trace, plain_gradient(case, params, episodes))
   return Program(
     case,
+    compiled,
     partial(compiled, *arguments),
     step_flops(case, net.flops),
     lowering,

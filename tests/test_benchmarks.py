@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import subprocess
@@ -5,9 +6,10 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from benchmarks import cases
+from benchmarks import cases, scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--inner_steps=2", "--meta_batch=3", "--batch=2", "--cpu_devices=2"]
@@ -75,6 +77,25 @@ def test_layers_add_up_the_products_of_a_gradient():
   assert "its products alone" in done.stdout
 
 
+def test_scaling_prints_a_row_for_each_link(tmp_path):
+  out = tmp_path / "rows.jsonl"
+  command = [sys.executable, "-m", "benchmarks.scaling", "--workloads=sine_maml"]
+  flags = ["--link_gbps=50,.5", "--devices=1,8", f"--out={out}", "--cpu_devices=2"]
+  done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in out.read_text().splitlines()]
+  assert len(rows) == done.stdout.count("\n| ") - 1 == 2
+  for row in rows:
+    assert row["parameter_bytes"] == 4 * (80 + 41 * 40 + 41)
+    assert row["collectives"] == [["all-reduce", row["parameter_bytes"] + 4 * 2]]  # and 2 losses
+    assert row["weak"]["1"] == row["strong"]["1"] == 1
+    assert 1 > row["weak"]["8"] > row["strong"]["8"] > 0
+  assert rows[0]["weak"]["8"] > rows[1]["weak"]["8"]
+  for wrong in ("--workloads=cosine", "--link_gbps=-1"):
+    done = subprocess.run([*command, wrong], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and wrong[2:9] in done.stderr and "Traceback" not in done.stderr
+
+
 def test_peers_compute_the_same_gradient():
   pytest.importorskip("torch", reason="the bench extra is not installed")
   for model in ("sine", "omniglot"):
@@ -128,3 +149,95 @@ def test_the_plain_loop_notices_a_wrong_gradient():
   )
   assert cases.compile_case(small).gradient_error < 1e-5
   assert cases.relative_error(first_order, exact) > 1e-3
+
+
+SHARDED = cases.Case("reptile", "sine", 3, 8, "sharded", "patches", 4, 6, "sgd", 1)
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "chunk"),
+  [("reptile", 1), ("reptile", 2), ("fomaml", 1), ("maml", 1), ("maml_mixed_mode", 1)],
+)
+def test_scaling_sends_the_gradient_and_the_losses_once_and_no_task_data(algorithm, chunk):
+  program = cases.compile_case(SHARDED._replace(algorithm=algorithm, chunk=chunk), judge=False)
+  params = jax.eval_shape(cases.network("sine", None).model.init, jax.random.key(0))
+  numbers = sum(leaf.size for leaf in jax.tree.leaves(params)) + SHARDED.inner_steps
+  text = program.compiled.as_text()
+  assert scaling.collectives(text) == [("all-reduce", 4 * numbers)]
+  assert scaling.all_reduce_bytes(text) == 4 * numbers
+
+
+def test_scaling_would_see_a_gather_and_a_sum_in_a_loop():
+  mesh = jax.make_mesh((4,), ("tasks",), axis_types=(jax.sharding.AxisType.Auto,))
+  spread = jax.device_put(np.ones((8, 3), np.float32), jax.NamedSharding(mesh, jax.P("tasks")))
+
+  def text(function, out_specs):
+    mapped = jax.shard_map(
+      function, mesh=mesh, in_specs=jax.P("tasks"), out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(mapped).lower(spread).compile().as_text()
+
+  gather = text(lambda rows: jax.lax.all_gather(rows, "tasks", tiled=True), jax.P())
+  assert scaling.collectives(gather) == [("all-gather", 4 * 8 * 3)]
+  add = lambda total, row: (jax.lax.psum(total + row, "tasks"), None)
+  loop = text(lambda rows: jax.lax.scan(add, rows[0], rows)[0], jax.P())
+  assert scaling.collectives(loop) == [("all-reduce", 4 * 3)]
+  for program in (gather, loop, text(lambda rows: rows, jax.P("tasks"))):
+    with pytest.raises(ValueError, match="one all-reduce a meta-step"):
+      scaling.all_reduce_bytes(program)
+
+
+def test_scaling_reads_tuples_and_narrow_numbers():
+  text = """
+    %a.1 = (f32[3,4]{1,0}, /*index=1*/bf16[5]{0}, pred[], s4[6]) all-reduce(%x, %y), channel_id=1
+    %b = f32[7]{0} get-tuple-element(%all-reduce.1), index=0, metadata={op_name="psum"}
+    ROOT %c = u8[2,0]{1,0:T(8,128)} all-gather-start(%z), dimensions={0}
+    %d = u8[9]{0} all-gather-done(%c)"""
+  assert scaling.collectives(text) == [("all-reduce", 48 + 10 + 1 + 3), ("all-gather", 0)]
+
+
+@pytest.mark.parametrize(
+  ("algorithm", "model", "low", "high"),
+  [("maml", "omniglot", 1.0, 1.1), ("reptile", "sine", 1.0, 1.4)],
+)
+def test_scaling_counts_the_work_as_xla_does_where_it_can(algorithm, model, low, high):
+  """XLA counts a loop's body once, so up to k = 2; the rest is linear in k. It counts elementwise
+  operations, too."""
+  small = SHARDED._replace(algorithm=algorithm, model=model, meta_batch=4, batch=10, tail=10)
+  counts = []
+  for k in (1, 2):
+    program = cases.compile_case(small._replace(inner_steps=k), judge=False)
+    counts.append((program.compiled.cost_analysis()["flops"], program.flops / 4))
+  (xla_one, one), (xla_two, two) = counts
+  assert low < xla_one / one < high
+  assert low < (xla_two - xla_one) / (two - one) < high
+  forward = cases.network(model, None).flops
+  for k in (1, 2, 7):
+    linear = one + (k - 1) * (two - one)
+    assert cases.step_flops(small._replace(inner_steps=k, meta_batch=1), forward) == linear
+
+
+def test_scaling_follows_the_closed_forms_of_its_model():
+  link, size, task = scaling.Link(1e9, 1e-6), 1e6, 1e-3
+  assert scaling.all_reduce_seconds(1, size, link) == 0
+  assert scaling.all_reduce_seconds(2, size, link) == pytest.approx(1e-3 + 2e-6)
+  assert scaling.all_reduce_seconds(8, size, link) == pytest.approx(2 * 7 / 8 * 1e-3 + 6e-6)
+  assert scaling.all_reduce_seconds(2**40, size, link) == pytest.approx(2e-3 + 80e-6)
+  assert scaling.all_reduce_seconds(512, size, scaling.Link(math.inf, 0)) == 0
+
+  def weak(n, link=link, tasks=4, task=task):
+    return scaling.efficiency(n * tasks, n, task, scaling.all_reduce_seconds(n, size, link))
+
+  assert weak(1) == scaling.efficiency(5, 1, task, 0) == 1
+  assert weak(512, scaling.Link(math.inf, 0)) == 1
+  assert weak(8) == pytest.approx(4e-3 / (4e-3 + 1.75e-3 + 6e-6))
+  over_n = [weak(n) for n in range(1, 600)]
+  assert all(b < a for a, b in itertools.pairwise(over_n))
+  assert weak(64, tasks=8) > weak(64) < weak(64, task=2 * task)
+  assert weak(64, scaling.Link(2e9, 1e-6)) > weak(64) < weak(64, scaling.Link(1e9, 5e-7))
+  # Strong scaling without communication: only the tasks of the last round count.
+  strong = [scaling.efficiency(5, n, task, 0) for n in (1, 2, 4, 5, 8, 512)]
+  assert strong == pytest.approx([1, 5 / 6, 5 / 8, 1, 5 / 8, 5 / 512])
+  assert scaling.efficiency(64, 64, task, 0.5 * task) == weak(
+    64, scaling.Link(math.inf, 0.5 * task / 12), tasks=1
+  )
