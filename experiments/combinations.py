@@ -152,7 +152,6 @@ def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   common.check_numbers(settings)
-  settings = common.changed(settings, out=folders.folder_name("combinations", settings))
   by_curve = runs(settings)
   if settings.plot_only:
     return partial(draw, settings, _logs(by_curve))

@@ -1,21 +1,27 @@
 """What the experiment binaries share: flags, the loop that trains and judges, runs side by side."""
 
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import metajax
+from experiments import folders
 from experiments.folders import Record, RunFolder
 from metajax.checkpoint import checkpoints
 
@@ -23,7 +29,15 @@ from metajax.checkpoint import checkpoints
 jax.config.update("jax_use_simplified_jaxpr_constants", True)
 
 T = TypeVar("T")
-_STOPPING = threading.Event()  # set when one of several runs fails
+_STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
+
+
+class StoppedError(RuntimeError):
+  """A run that was asked to stop; what it has done is saved."""
+
+
+class DivergedError(RuntimeError):
+  """A run whose parameters are no longer finite."""
 
 
 # fmt: off
@@ -36,6 +50,12 @@ _SHARED_FLAGS = (
     "Runs, from --seed on; the result is their mean, with the deviation between them."),
   flags.DEFINE_string("out", None, "Run folder; by default a new one under runs/."),
   flags.DEFINE_bool("plot_only", False, "Train nothing: draw anew what --out holds."),
+  flags.DEFINE_bool("fresh", False, "Start over: what --out holds is renamed to OUT.old1."),
+  flags.DEFINE_bool("distributed", False,
+    "One of several processes, as Slurm or a cloud TPU tells it; or name them by the next three."),
+  flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0."),
+  flags.DEFINE_integer("num_processes", None, "How many processes share the run."),
+  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0."),
 )
 # fmt: on
 
@@ -64,19 +84,99 @@ def main(
   if len(argv) > 1:
     sys.exit(f"{name}: unexpected argument {argv[1]!r}: flags start with --")
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # every save would log some forty lines
+    logging.set_verbosity(logging.FATAL)  # a save logs some forty lines; what fails is raised
+  present = lambda flag: flags.FLAGS[flag.name].present
+  settings = SimpleNamespace(
+    **{
+      flag.name: flag.value if present(flag) else own_defaults.get(flag.name, flag.default)
+      for flag in (*_SHARED_FLAGS, *own_flags)
+    }
+  )
   metajax.cores_as_devices()
   jax.config.update("jax_compilation_cache_dir", str(metajax.data.cache_directory() / "compiled"))
-  present = lambda flag: flags.FLAGS[flag.name].present
-  given = {
-    flag.name: flag.value if present(flag) else own_defaults.get(flag.name, flag.default)
-    for flag in (*_SHARED_FLAGS, *own_flags)
-  }
   try:
-    run = prepare(SimpleNamespace(**given))
+    join(settings)
+    run = _checked(name, settings, prepare)
   except (ValueError, OSError) as error:
     sys.exit(f"{name}: {error}")
-  run()
+  caught: list[int] = []
+
+  def stop(number: int, _: Any) -> None:
+    caught.append(number)
+    if len(caught) > 1:  # asked again
+      os._exit(128 + number)
+    print("stopping; once more to stop at once and lose what is not saved", file=sys.stderr)
+    _STOPPING.set()
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
+  try:
+    with nullcontext() if settings.plot_only else folders.alone(settings.out):
+      run()
+  except (ValueError, OSError, StoppedError, DivergedError) as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(128 + caught[0] if caught else 1)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    # Another process is gone: to end in good order, this one would wait for it.
+    print(
+      f"{name}: process {jax.process_index()} lost another one ({str(error).splitlines()[0]}): "
+      "start them all again with the same command",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
+
+
+def join(settings: SimpleNamespace) -> None:
+  """Makes this process one of several that share a run, if the flags say so.
+
+  Raises:
+    ValueError: if they contradict each other.
+  """
+  names = ("coordinator_address", "num_processes", "process_id")
+  given = [getattr(settings, name) for name in names]
+  if all(value is None for value in given):
+    if settings.distributed:
+      jax.distributed.initialize()
+    return
+  address, number, this = given
+  if settings.distributed or address is None or number is None or this is None:
+    raise ValueError(
+      "--coordinator_address, --num_processes and --process_id go together, without --distributed"
+    )
+  if ":" not in address:
+    raise ValueError(f"--coordinator_address={address} must be HOST:PORT")
+  if not 0 <= this < number:
+    raise ValueError(f"--process_id={this} must be from 0 to --num_processes={number} less 1")
+  jax.distributed.initialize(address, number, this)
+
+
+def _checked(
+  name: str,
+  settings: SimpleNamespace,
+  prepare: Callable[[SimpleNamespace], Callable[[], Any]],
+) -> Callable[[], Any]:
+  """What to run. With --fresh the earlier run is put aside, and back if a flag is no good."""
+  if settings.out is None and jax.process_count() > 1:
+    raise ValueError("processes that share a run need the same --out, in a folder that all see")
+  if settings.out is not None or not settings.plot_only:
+    settings.out = folders.folder_name(name, settings)
+  path, aside = Path(settings.out or ""), None
+  if settings.fresh and folders.writes() and path.exists():
+    aside = folders.set_aside(path)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("earlier run put aside")
+  try:
+    run = prepare(settings)
+  except BaseException:
+    if aside is not None and not path.exists():
+      aside.rename(path)
+    raise
+  if aside is not None:
+    print(f"the earlier run is in {aside}")
+  return run
 
 
 def changed(settings: SimpleNamespace, **changes: Any) -> SimpleNamespace:
@@ -95,19 +195,38 @@ def of_each_seed(settings: SimpleNamespace) -> list[SimpleNamespace]:
 def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """A copy on each device of the mesh; what is spread over them stays."""
 
-  def place(leaf: jax.Array) -> jax.Array:
-    there = leaf.sharding.device_set == set(mesh.devices.flat)
-    return leaf if there else jax.device_put(leaf, jax.NamedSharding(mesh, jax.P()))
+  everywhere = jax.NamedSharding(mesh, jax.P())
+
+  def place(leaf: Any) -> jax.Array:
+    if not isinstance(leaf, jax.Array):
+      return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+    if leaf.sharding.device_set == set(mesh.devices.flat):
+      return leaf
+    if jax.process_count() > 1:  # device_put reaches this process's devices only
+      return jax.jit(lambda leaf: leaf, out_shardings=everywhere)(leaf)
+    return jax.device_put(leaf, everywhere)
 
   return jax.tree.map(place, tree)
+
+
+def stopping() -> bool:
+  """Whether this run is to save and stop; of several processes, if any is asked to."""
+  asked = _STOPPING.is_set()
+  if jax.process_count() == 1:
+    return asked
+  return bool(multihost_utils.process_allgather(np.array(asked)).any())
 
 
 def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
   """The results of jobs that do not need each other, each on a device of its own.
 
-  A job is given a mesh of one device. After an exception in one, the others end at their next call
-  of `train`'s compiled loop.
+  A job is given a mesh of one device. After an exception in one, the others save and stop.
+
+  Raises:
+    ValueError: if several processes share the run.
   """
+  if jax.process_count() > 1:
+    raise ValueError("several processes can only share a run whose tasks are spread over devices")
   failed: list[BaseException] = []
   free: SimpleQueue[jax.sharding.Mesh] = SimpleQueue()
   for device in jax.devices():
@@ -117,7 +236,7 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
     mesh = free.get()
     try:
       if _STOPPING.is_set():
-        raise RuntimeError("another run failed")
+        raise StoppedError("another run failed")
       with jax.default_device(mesh.devices.flat[0]):
         return job(mesh)
     except BaseException as error:
@@ -153,6 +272,8 @@ def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
     raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
   if settings.plot_only and settings.out is None:
     raise ValueError("--plot_only draws what --out holds: give an --out")
+  if settings.plot_only and settings.fresh:
+    raise ValueError("--plot_only draws what --out holds, --fresh starts over: give one of them")
 
 
 def refuse(settings: SimpleNamespace, *decided: str) -> None:
@@ -176,6 +297,7 @@ def train(
   eval_every: int,
   evaluate: Callable[[metajax.MetaState], Record],
   summary: Callable[[Record], str],
+  score: Callable[[Record], float],
   folder: RunFolder,
   steps_per_call: int,
   mesh: jax.sharding.Mesh,
@@ -192,6 +314,7 @@ def train(
     eval_every: meta-steps between two records.
     evaluate: the record of a state.
     summary: the record as a line.
+    score: of a record, the higher the better; the best state is kept beside the newest.
     folder: gets records and checkpoints.
     steps_per_call: meta-steps in one call of the compiled loop.
     mesh: where the state lives.
@@ -199,50 +322,90 @@ def train(
 
   Returns:
     The last state, and the seconds spent in compiled training steps, earlier sittings included.
-  """
-  saved = checkpoints(folder.path / "checkpoints")
-  restored = saved.restore(state)
-  state, key = on_mesh((state if restored is None else restored, key), mesh)
-  step = int(state.step)
-  folder.truncate(step)
-  records = folder.records()
-  seconds = records[-1]["seconds"] if records else 0.0
-  if restored is not None:
-    tqdm.write(f"going on from meta-step {step} of {folder.path}")
 
-  programs: dict[int, Callable[..., Any]] = {}  # by number of steps
-  if not records:
-    record = {"step": step, "seconds": 0.0, **evaluate(state)}
-    folder.append(record)
-    tqdm.write(f"{label}: {summary(record)}")
-  with progress(total=meta_steps, initial=step, unit="step", desc=label, mesh=mesh) as bar:
-    while step < meta_steps:
-      if _STOPPING.is_set():
-        raise RuntimeError(f"{folder.path} stopped at meta-step {step}, since another run failed")
-      until_evaluation = min(meta_steps, (step // eval_every + 1) * eval_every) - step
-      steps = min(steps_per_call, until_evaluation)
-      if steps not in programs:
-        many_steps = metajax.run(learner, sample_episodes, steps)
-        programs[steps] = jax.jit(many_steps, donate_argnums=0).lower(state, key).compile()
-      start = time.perf_counter()
-      with jax.transfer_guard("disallow"):  # all of it on the device, sampling included
-        state, infos = jax.block_until_ready(programs[steps](state, key))
-      seconds += time.perf_counter() - start
-      step += steps
-      losses = np.asarray(infos.losses).mean(axis=0)
-      bar.update(steps)
-      bar.set_postfix_str(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-      if steps == until_evaluation:
-        record = {"step": step, "seconds": round(seconds, 3), "losses": losses.tolist()}
-        record |= evaluate(state)
-        folder.append(record)
-        saved.save(state)
-        tqdm.write(f"{label}: {summary(record)}")
-  saved.close()
+  Raises:
+    StoppedError: if asked to stop; the state is saved.
+    DivergedError: if the parameters are no longer finite; states saved before are kept.
+    OSError: if something cannot be written; states saved before are kept.
+  """
+  state, key = on_mesh((state, key), mesh)
+  saved = checkpoints(folder.path / "checkpoints")
+  try:
+    found = saved.restore(state)
+    seconds = 0.0
+    if found is not None:
+      state, seconds = found.state, found.extra["seconds"]
+    step = last_saved = int(state.step)
+    folder.truncate(step if found is not None else -1)
+    if found is None:
+      record = {"step": 0, "seconds": 0.0, **evaluate(state)}
+      folder.append(record)
+      say(f"{label}: {summary(record)}")
+    else:
+      say(f"going on from meta-step {step} of {folder.path}")
+
+    programs: dict[int, Callable[..., Any]] = {}  # by number of steps
+    with progress(total=meta_steps, initial=step, unit="step", desc=label, mesh=mesh) as bar:
+      while step < meta_steps:
+        if stopping():
+          if step > last_saved:
+            saved.save(state, {"seconds": seconds})
+          raise StoppedError(
+            f"stopped at meta-step {step} of {folder.path}: the same command goes on from there"
+          )
+        until_evaluation = min(meta_steps, (step // eval_every + 1) * eval_every) - step
+        steps = min(steps_per_call, until_evaluation)
+        if steps not in programs:
+          many_steps = _checking_parameters(metajax.run(learner, sample_episodes, steps))
+          programs[steps] = jax.jit(many_steps, donate_argnums=0).lower(state, key).compile()
+        start = time.perf_counter()
+        with jax.transfer_guard("disallow"):  # all of it on the device, sampling included
+          state, infos, finite = jax.block_until_ready(programs[steps](state, key))
+        seconds += time.perf_counter() - start
+        losses = np.asarray(infos.losses)
+        if not finite:
+          bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
+          where = step + 1 + int(bad[0] if len(bad) else steps - 1)
+          kept = f"meta-step {last_saved} is saved" if last_saved else "nothing was saved before"
+          raise DivergedError(
+            f"{folder.path} diverged at meta-step {where}, its parameters are not finite: "
+            f"lower the inner or the outer rate ({kept})"
+          )
+        step += steps
+        losses = losses.mean(axis=0)
+        bar.update(steps)
+        bar.set_postfix_str(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+        if steps == until_evaluation:
+          record = {"step": step, "seconds": round(seconds, 3), "losses": losses.tolist()}
+          record |= evaluate(state)
+          folder.append(record)
+          saved.save(state, {"seconds": seconds}, score=score(record))
+          last_saved = step
+          say(f"{label}: {summary(record)}")
+  finally:
+    saved.close()
   return state, seconds
+
+
+def _checking_parameters(run: Callable[..., Any]) -> Callable[..., Any]:
+  """The same, returning besides whether all parameters are finite."""
+
+  def checked(state: metajax.MetaState, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    state, infos = run(state, key)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+    return state, infos, jnp.stack(finite).all()
+
+  return checked
+
+
+def say(line: str) -> None:
+  """Prints a line above the progress bars; of several processes, one does."""
+  if folders.writes():
+    tqdm.write(line)
 
 
 def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:
   """A progress bar; runs side by side have a line each."""
   line = mesh.devices.flat[0].id if mesh.size == 1 else 0
-  return tqdm(**options, position=line, leave=False, smoothing=0.1)
+  silent = not folders.writes()
+  return tqdm(**options, position=line, leave=False, smoothing=0.1, disable=silent)

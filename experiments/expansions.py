@@ -306,7 +306,6 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   common.refuse(settings, "eval_tasks")
   if settings.seeds > 1:
     raise ValueError("--seeds must be 1: expectations are over --waves, raise that instead")
-  settings = common.changed(settings, out=folders.folder_name("expansions", settings))
   if settings.plot_only:
     return partial(draw, folders.finished(settings.out), Path(settings.out))
   folder = folders.open_folder(settings)

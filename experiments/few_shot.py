@@ -76,9 +76,11 @@ FLAGS = (
   flags.DEFINE_integer("meta_batch", 5, "T, the tasks of a meta-step."),
   flags.DEFINE_integer("steps_per_call", 25,
     "Meta-steps in one call of the compiled loop: between two updates of the progress bar."),
-  flags.DEFINE_enum("execution", "sharded", ["sharded", "vmap", "serial", "chunked"],
-    "A meta-batch spread over all devices, or on one: at once, one task after another with one "
-    "inner state, or --chunk at a time."),
+  flags.DEFINE_enum("execution", "sharded",
+    ["sharded", "sharded_serial", "vmap", "serial", "chunked"],
+    "A meta-batch spread over all devices, each task with an inner state of its own or each device "
+    "with one; or on one device: at once, one task after another with one inner state, or --chunk "
+    "at a time."),
   flags.DEFINE_integer("chunk", None,
     "Tasks at once, with sharded on each device; by default one on CPU."),
   flags.DEFINE_integer("filters", None, "Of every convolution; by default the paper's."),
@@ -115,6 +117,8 @@ PLAIN_SGD: dict[str, Any] = {
   "eval_tasks": 1_000,
   "curve_splits": ["test"],
 }
+
+_SPREAD = ("sharded", "sharded_serial")  # executions
 
 _AT_LEAST_ONE = (
   "train_shots",
@@ -279,9 +283,18 @@ def build(
   inner_state: Callable[[metajax.MetaState], Any]
   if settings.inner_state == "fresh":
     gradient = metajax.stateless(gradient)
+  spread = settings.execution in _SPREAD
   if settings.execution == "serial":
     gradient = metajax.serial(gradient)
     inner_state = lambda state: state.inner
+  elif settings.execution == "sharded_serial":
+    if settings.meta_batch % mesh.size:
+      raise ValueError(
+        f"--execution=sharded_serial needs a --meta_batch that is a multiple of the {mesh.size} "
+        f"devices, not {settings.meta_batch}"
+      )
+    gradient = metajax.per_device(metajax.serial(gradient), mesh)
+    inner_state = lambda state: metajax.first_slot(state.inner)
   elif settings.execution == "sharded":
     gradient = metajax.sharded(gradient, settings.meta_batch, mesh, chunk=settings.chunk)
     inner_state = lambda state: metajax.first_slot(state.inner)
@@ -311,7 +324,9 @@ def build(
   return Experiment(
     model,
     metajax.meta_learner(gradient, outer),
-    metajax.sample_episodes(sample_task, make_episode, settings.meta_batch),
+    metajax.sample_episodes(
+      sample_task, make_episode, settings.meta_batch, mesh if spread else None
+    ),
     inner_state,
     {
       split: {
@@ -349,12 +364,10 @@ def _judge(
     lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
   )
 
-  def draw(key: jax.Array, index: jax.Array) -> tuple[jax.Array, metajax.Task]:
+  def one(shared: Any, index: jax.Array) -> dict[str, jax.Array]:
+    params, inner_state, key = shared
     task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
-    return batch_key, sample_task(task_key)
-
-  def one(shared: Any, drawn: tuple[jax.Array, metajax.Task]) -> dict[str, jax.Array]:
-    (params, inner_state), (batch_key, task) = shared, drawn
+    task = sample_task(task_key)
     outputs = adapt_and_predict(params, inner_state, batch_key, task)
     return {
       name: metajax.losses.accuracy(output, task.test.targets) for name, output in outputs.items()
@@ -364,10 +377,9 @@ def _judge(
     params: Any, inner_state: Any, key: jax.Array, first: jax.Array
   ) -> dict[str, jax.Array]:
     indices = first + jnp.arange(TASKS_PER_CALL)
-    tasks = jax.vmap(draw, in_axes=(None, 0))(key, indices)
-    return metajax.map_tasks(one, mesh)((params, inner_state), tasks)
+    return metajax.map_tasks(one, mesh)((params, inner_state, key), indices)
 
-  return jax.jit(judge)
+  return jax.jit(judge, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
 
 def prepare(
@@ -390,6 +402,8 @@ def prepare(
   conditions = [folders.describe(splits)]
   if settings.execution == "sharded":
     conditions.append(f"inner states: {-(-settings.meta_batch // mesh.size) * mesh.size}")
+  if settings.execution == "sharded_serial":
+    conditions.append(f"inner states: {mesh.size}")
   folder.begin(*conditions)
   return experiment, folder
 
@@ -401,24 +415,40 @@ def run(
   label: str = "meta-training",
 ) -> dict[str, Any]:
   """Trains and judges; returns what it writes to result.json."""
-  init_key, train_key, curve_key, test_key = jax.random.split(jax.random.key(settings.seed), 4)
+  keys = jax.random.split(jax.random.key(settings.seed), 4)
+  init_key, train_key, curve_key, test_key = common.on_mesh(tuple(keys), experiment.mesh)
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
-  def judge(state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int) -> dict[str, Any]:
-    """Accuracy on each task, by cell."""
-    inner_state, values = experiment.inner_state(state), {}
+  def judge(
+    state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
+  ) -> dict[str, Any]:
+    """Accuracy on each task, by cell; with a log, what is in it is not computed again."""
+    inner_state, parts = experiment.inner_state(state), folder.records(log) if log else []
+    done = {(part["shots"], part["first"]): part["accuracy"] for part in parts}
+    values = {}
     for shots, judge in experiment.judges[split].items():
-      parts = []
+      columns: dict[str, list[float]] = {}
       with common.progress(
         total=num_tasks, unit="task", desc=f"{label}, {shots} {split} tasks", mesh=experiment.mesh
       ) as bar:
         for first in range(0, num_tasks, TASKS_PER_CALL):
-          parts.append(jax.device_get(judge(state.params, inner_state, key, jnp.int32(first))))
+          part = done.get((shots, first))
+          if part is None:
+            if log and common.stopping():
+              raise common.StoppedError(
+                f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
+                "from there"
+              )
+            found = jax.device_get(judge(state.params, inner_state, key, np.int32(first)))
+            part = {protocol: column.tolist() for protocol, column in found.items()}
+            if log:
+              folder.append({"shots": shots, "first": first, "accuracy": part}, log)
+          for protocol, column in part.items():
+            columns.setdefault(protocol, []).extend(column)
           bar.update(min(TASKS_PER_CALL, num_tasks - first))
-      for protocol in parts[0]:
-        column = np.concatenate([part[protocol] for part in parts])
-        values[f"{shots} {protocol}"] = column[:num_tasks]
+      for protocol, column in columns.items():
+        values[f"{shots} {protocol}"] = np.array(column[:num_tasks])
     return values
 
   state, seconds = common.train(
@@ -434,11 +464,12 @@ def run(
       for split in settings.curve_splits
     },
     summary=reports.learning_curve_summary,
+    score=reports.learning_curve_score,
     folder=folder,
     mesh=experiment.mesh,
     label=label,
   )
-  values = judge(state, test_key, "test", settings.eval_tasks)
+  values = judge(state, test_key, "test", settings.eval_tasks, log="test_tasks.jsonl")
   cells = reports.with_intervals(values)
   for name, cell in cells.items():
     cell["tasks"] = settings.eval_tasks
@@ -452,8 +483,9 @@ def run(
     "parameters": parameters,
     "versions": folders.versions(),
   }
+  if folders.writes():
+    reports.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
   folder.finish(result)
-  reports.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
   return result
 
 
@@ -467,17 +499,34 @@ def check_all(many: Sequence[SimpleNamespace]) -> None:
     build(settings, splits, mesh)
 
 
-def run_all(many: Sequence[tuple[str, SimpleNamespace]]) -> list[dict[str, Any]]:
+def run_all(
+  many: Sequence[tuple[str, SimpleNamespace]], *, diverging_guesses: bool = False
+) -> list[dict[str, Any]]:
   """The results of several labelled runs, in order; those that are complete are left as they are.
 
-  One after another on all devices if they spread their tasks, else each on a device of its own.
+  One after another on all devices if they spread their tasks, else each on a device of its own. A
+  run that diverges ends them all, or, with `diverging_guesses`, has the accuracy of guessing.
   """
 
   def job(label: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-    complete = folders.open_folder(settings).result()
-    return complete or run(settings, *prepare(settings, mesh), label)
+    folder = folders.open_folder(settings)
+    try:
+      return folder.result() or run(settings, *prepare(settings, mesh), label)
+    except common.DivergedError as error:
+      if not diverging_guesses:
+        raise
+      guess = {"accuracy": 1 / settings.ways, "interval95": 0.0, "tasks": settings.eval_tasks}
+      cells = [
+        f"{shots}-shot {protocol}"
+        for shots, _ in _shots_and_batches(settings)
+        for protocol in ("transductive", "inductive")
+      ]
+      result = {"cells": dict.fromkeys(cells, guess), "diverged": str(error)}
+      folder.finish(result)
+      common.say(f"{label}: {error}; it counts as guessing")
+      return result
 
-  if any(settings.execution == "sharded" for _, settings in many):
+  if any(settings.execution in _SPREAD for _, settings in many):
     return [job(label, settings, None) for label, settings in many]
   return common.side_by_side([partial(job, label, settings) for label, settings in many])
 
@@ -485,8 +534,6 @@ def run_all(many: Sequence[tuple[str, SimpleNamespace]]) -> list[dict[str, Any]]
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   check(settings)
-  name = folders.folder_name(f"few_shot-{settings.dataset}", settings)
-  settings = common.changed(settings, out=name)
   picture = Path(settings.out, "learning_curve.png")
   if settings.plot_only:
     of_seeds = sorted(log.parent for log in Path(settings.out).glob("seed*/metrics.jsonl"))
@@ -521,6 +568,8 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
 
 def report(settings: SimpleNamespace, result: dict[str, Any]) -> None:
   """Prints a result."""
+  if not folders.writes():
+    return
   print(
     f"{settings.dataset}, {settings.ways}-way, {settings.algorithm}: "
     f"accuracy over {settings.eval_tasks} test tasks, with its 95 % interval"

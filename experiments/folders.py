@@ -1,11 +1,17 @@
-"""What a run leaves behind: flags.txt, metrics.jsonl, result.json and checkpoints in its folder."""
+"""What a run leaves behind: flags.txt, metrics.jsonl, result.json and checkpoints in its folder.
 
+Of several processes that share a run, all read and only the first writes.
+"""
+
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +21,23 @@ import numpy as np
 
 import metajax
 
+try:
+  import fcntl
+except ImportError:  # not on Windows
+  fcntl = None  # type: ignore[assignment]
+
 Record = dict[str, Any]
+METRICS = "metrics.jsonl"
+PROCESSES = ("distributed", "coordinator_address", "num_processes", "process_id")  # flags
+
+
+class InUseError(ValueError):
+  """Another process writes in the folder."""
+
+
+def writes() -> bool:
+  """Whether this process is the one that writes, draws and speaks."""
+  return jax.process_index() == 0
 
 
 class RunFolder:
@@ -27,8 +49,7 @@ class RunFolder:
     Raises:
       ValueError: if it holds a run with other flags.
     """
-    self.path = Path(out).expanduser().absolute()
-    self.metrics = self.path / "metrics.jsonl"
+    self.path = Path(out).absolute()
     self._flags = self.path / "flags.txt"
     self._lines = [f"--{name}={value}" for name, value in sorted(flags.items())]
     if self._flags.is_file():
@@ -43,7 +64,7 @@ class RunFolder:
     if then or now:
       raise ValueError(
         f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "
-        "go on as it began, or choose another --out"
+        "go on as it began, choose another --out, or start over with --fresh"
       )
 
   def begin(self, *conditions: str) -> None:
@@ -53,29 +74,42 @@ class RunFolder:
       ValueError: if that cannot be done, or the run was begun under other conditions.
     """
     self._lines += [f"# {condition}" for condition in conditions]
+    if self._flags.is_file():
+      self._compare(self._before())
+    if not writes():
+      return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      if self._flags.is_file():
-        self._compare(self._before())
       replace_file(self._flags, "\n".join(self._lines) + "\n")
     except OSError as error:
       raise ValueError(
         f"--out={self.path} cannot be written ({error.strerror}): choose another folder"
       ) from error
 
-  def records(self) -> list[Record]:
-    return read_records(self.path)
+  def records(self, name: str = METRICS) -> list[Record]:
+    """The lines of a file of records."""
+    return read_records(self.path, name)
 
   def truncate(self, step: int) -> None:
     """Forgets the records after a step."""
     kept = [record for record in self.records() if record["step"] <= step]
-    replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+    if writes():
+      replace_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
-  def append(self, record: Record) -> None:
-    with self.metrics.open("a") as file:
-      file.write(json.dumps(record) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
+  def append(self, record: Record, name: str = METRICS) -> None:
+    """Adds a line, whole or not at all."""
+    if not writes():
+      return
+    line = json.dumps(record).encode() + b"\n"
+    with (self.path / name).open("ab", buffering=0) as file:
+      size = file.seek(0, os.SEEK_END)
+      try:
+        if file.write(line) < len(line):
+          raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+      except OSError:
+        file.truncate(size)
+        raise
 
   def result(self) -> Record | None:
     """What `finish` wrote, if it has."""
@@ -83,12 +117,13 @@ class RunFolder:
 
   def finish(self, result: Record) -> None:
     """Writes result.json: the run is complete."""
-    write_json(self.path / "result.json", result)
+    if writes():
+      write_json(self.path / "result.json", result)
 
 
-def read_records(folder: Path) -> list[Record]:
-  """The lines of a run's metrics.jsonl; one that was cut off by a kill is left out."""
-  path = folder / "metrics.jsonl"
+def read_records(folder: Path, name: str = METRICS) -> list[Record]:
+  """The lines of a run's file; one that was cut off by a power failure is left out."""
+  path = folder / name
   if not path.exists():
     return []
   lines = path.read_text().splitlines(keepends=True)
@@ -146,18 +181,57 @@ def describe(splits: metajax.data.Splits) -> str:
 
 def folder_name(name: str, settings: SimpleNamespace) -> str:
   """What --out names, or a new folder."""
-  return settings.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
+  return os.path.expanduser(settings.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
 
 
 def open_folder(settings: SimpleNamespace) -> RunFolder:
-  """The folder that --out names; nothing is written yet."""
-  elsewhere = ("out", "plot_only", "seeds", "data_dir", "cache_dir")  # where, but not what
+  """The folder that --out names, and what is run, not where; nothing is written yet."""
+  elsewhere = ("out", "plot_only", "fresh", "seeds", "data_dir", "cache_dir", *PROCESSES)
   given = {
     flag: ",".join(map(str, value)) if isinstance(value, list) else value
     for flag, value in vars(settings).items()
     if value is not None and flag not in elsewhere
   }
   return RunFolder(settings.out, given)
+
+
+@contextmanager
+def alone(out: str | os.PathLike) -> Iterator[None]:
+  """While one process writes in a folder, no other may. A killed one leaves no lock behind.
+
+  Raises:
+    InUseError: if another does.
+  """
+  if fcntl is None or not writes():
+    yield
+    return
+  folder = os.open(out, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise InUseError(
+        f"another process is writing in {out}: wait for it, or choose another --out"
+      ) from None
+    except OSError:
+      pass  # a file system without locks
+    yield
+  finally:
+    os.close(folder)
+
+
+def set_aside(path: Path) -> Path:
+  """Renames a folder to the first free of NAME.old1, NAME.old2 ..., and returns that.
+
+  Raises:
+    InUseError: if another process writes in it.
+  """
+  number = 1
+  while (aside := path.with_name(f"{path.name}.old{number}")).exists():
+    number += 1
+  with alone(path):
+    path.rename(aside)
+  return aside
 
 
 def versions() -> dict[str, str]:

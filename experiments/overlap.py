@@ -109,7 +109,9 @@ def run(settings: SimpleNamespace, found: list[Point]) -> dict[str, Any]:
     for point in found
     for one in point.runs
   }
-  results = dict(zip(many, few_shot.run_all(list(many.values())), strict=True))
+  results = dict(
+    zip(many, few_shot.run_all(list(many.values()), diverging_guesses=True), strict=True)
+  )
   folder = folders.open_folder(_of_figure(settings))
   before = folder.result() or {"points": [], "seeds": settings.seeds}
   kept = before["points"] if before["seeds"] == settings.seeds else []
@@ -183,7 +185,6 @@ def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   common.check_numbers(settings)
-  settings = common.changed(settings, out=folders.folder_name("overlap", settings))
   found = points(settings)
   if settings.plot_only:
     result = folders.finished(settings.out)

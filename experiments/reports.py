@@ -67,6 +67,15 @@ def learning_curve_summary(record: Record) -> str:
   return f"step {record['step']}: " + ", ".join(cells)
 
 
+def learning_curve_score(record: Record) -> float:
+  """What the best state is best at: the mean of the cells on test tasks, or else on training ones.
+
+  It is for choosing what to look at: to report the best test accuracy would be to choose by it.
+  """
+  cells = record.get("test") or record["train"]
+  return sum(cell["accuracy"] for cell in cells.values()) / len(cells)
+
+
 class Curve(NamedTuple):
   """Accuracy in percent against meta-steps, with half the height of a band."""
 

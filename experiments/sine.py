@@ -146,6 +146,7 @@ def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict
       f"step {record['step']}: loss {record['test']['loss'][0]:.3f}, after {GRADIENT_STEPS} "
       f"gradient steps {record['test']['loss'][-1]:.3f} +- {record['test']['interval95'][-1]:.3f}"
     ),
+    score=lambda record: -record["test"]["loss"][-1],
     folder=folder,
     mesh=mesh,
     label=name,
@@ -247,7 +248,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
   common.check_numbers(settings)
-  settings = common.changed(settings, out=folders.folder_name("sine", settings))
   if settings.plot_only:
     return partial(draw, folders.finished(settings.out), Path(settings.out, "figure1"))
   folder = folders.open_folder(settings)

@@ -107,7 +107,7 @@ def files_of(folder):
 def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
   damage, tmp_path, of_three, states
 ):
-  """Every file of a checkpoint is damaged in turn: the state is the right one, or the one before."""
+  """Each file in turn: the state is the right one, or the one before."""
   names = [path.relative_to(of_three / "3") for path in files_of(of_three / "3")]
   passed_over = 0
   for number, name in enumerate(names):

@@ -75,7 +75,6 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   assert few_shot.run_all([("again", settings(out=str(tmp_path / "whole")))]) == [whole]
   (tmp_path / "whole" / "checkpoints").mkdir()
 
-  timeless = lambda result: {k: v for k, v in result.items() if "second" not in k}
   assert timeless(resumed) == timeless(whole)
   for folder in ("whole", "killed"):
     files = {path.name for path in (tmp_path / folder).iterdir()}
@@ -83,6 +82,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
       "flags.txt",
       "metrics.jsonl",
       "result.json",
+      "test_tasks.jsonl",
       "learning_curve.png",
       "checkpoints",
     }
@@ -112,7 +112,122 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
     few_shot.prepare(settings(out=str(tmp_path / "whole")))
 
 
+def timeless(record):
+  return {name: value for name, value in record.items() if "second" not in name}
+
+
+def left_behind(out):
+  """The lines and the result of a run, without times."""
+  files = [folders.read_records(out, name) for name in ("metrics.jsonl", "test_tasks.jsonl")]
+  return [timeless(one) for lines in files for one in lines], timeless(folders.finished(out))
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, monkeypatch):
+  long = {"eval_tasks": 60, "eval_every": 3, "steps_per_call": 1}
+  execute(settings(out=str(tmp_path / "whole"), **long))
+  out, asked = tmp_path / "stopped", iter([])
+  monkeypatch.setattr(common, "stopping", lambda: next(asked, False))
+  for calls_before, where in ((2, "stopped at meta-step 2 of"), (4, "at 1-shot test task 50 of")):
+    asked = iter([*[False] * calls_before, True])
+    with pytest.raises(common.StoppedError, match=where):
+      execute(settings(out=str(out), **long))
+  execute(settings(out=str(out), **long))
+  assert left_behind(out) == left_behind(tmp_path / "whole")
+  assert (out / "checkpoints" / "4").exists()  # the last one, though 3 may be the best
+
+
+def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, monkeypatch):
+  sgd = {"inner_optimizer": "sgd", "eval_every": 1, "steps_per_call": 1}
+  tiny = settings(out=str(tmp_path), **sgd)
+  build = few_shot.build
+
+  def fails_at_step_3(*arguments):
+    """Its second outer step is infinite."""
+    experiment = build(*arguments)
+
+    def step(state, episodes):
+      after, info = experiment.learner.step(state, episodes)
+      factor = jax.numpy.where(state.step == 2, np.inf, 1.0)
+      return after._replace(params=jax.tree.map(lambda leaf: leaf * factor, after.params)), info
+
+    return experiment._replace(learner=experiment.learner._replace(step=step))
+
+  monkeypatch.setattr(few_shot, "build", fails_at_step_3)
+  with pytest.raises(common.DivergedError, match=r"at meta-step 3, .*lower .*meta-step 2 is saved"):
+    execute(tiny)
+  assert [record["step"] for record in folders.logged(tmp_path)] == [0, 1, 2]
+  assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+  (guessed,) = few_shot.run_all([("it", tiny)], diverging_guesses=True)
+  assert {cell["accuracy"] for cell in guessed["cells"].values()} == {1 / 3}
+  assert set(guessed["cells"]) == CELLS and "diverged at meta-step 3" in guessed["diverged"]
+
+
+def test_two_processes_do_not_write_in_one_folder(tmp_path):
+  """Locks are of open files, so that a second opening stands for a second process."""
+  with folders.alone(tmp_path):
+    second = folders.alone(tmp_path)
+    with pytest.raises(folders.InUseError, match="another process is writing in"), second:
+      pass
+    with pytest.raises(folders.InUseError):
+      folders.set_aside(tmp_path)
+  with folders.alone(tmp_path):
+    pass
+
+
+def test_starting_over_renames_what_was_there(tmp_path, capsys):
+  out = tmp_path / "run"
+  begun = common.defaults((), out=str(out), fresh=True)
+
+  def prepare(settings):
+    if settings.meta_steps == 0:
+      raise ValueError("no steps")
+    out.mkdir()
+    (out / "file").write_text("new")
+    return lambda: None
+
+  out.mkdir()
+  (out / "file").write_text("old")
+  with pytest.raises(ValueError, match="no steps"):
+    common._checked("it", common.changed(begun, meta_steps=0), prepare)
+  assert (out / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+  for number in (1, 2):
+    common._checked("it", begun, prepare)
+    assert f"the earlier run is in {out}.old{number}" in capsys.readouterr().out
+  assert (tmp_path / "run.old1" / "file").read_text() == "old"
+  assert (out / "file").read_text() == "new"
+
+
+def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  folder = folders.RunFolder(tmp_path, {})
+  folder.append({"step": 0})
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(folders.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+      folder.append({"step": 1})
+  folder.append({"step": 2})
+  assert [record["step"] for record in folder.records()] == [0, 2]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_processes": 2}, "go together"),
+    ({"distributed": True, "process_id": 0}, "go together"),
+    ({"coordinator_address": "host", "num_processes": 2, "process_id": 0}, "must be HOST:PORT"),
+    ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "must be from 0 to"),
+  ],
+)
+def test_processes_are_named_by_all_three_flags(changes, message):
+  with pytest.raises(ValueError, match=message):
+    common.join(common.defaults((), **changes))
+
+
 VARIANTS = [
+  {"algorithm": "reptile", "execution": "sharded_serial", "meta_batch": 4},
   {"algorithm": "reptile", "execution": "serial"},
   {"algorithm": "reptile", "minibatches": "replacement", "inner_state": "fresh"},
   {"algorithm": "joint", "loss_reduction": "mean", "inner_optimizer": "sgd"},
@@ -364,7 +479,8 @@ def test_the_ten_curves_of_figure_3():
 def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
   """From results made up: that a run is trained as its settings say is shown above."""
 
-  def made_up(many):
+  def made_up(many, *, diverging_guesses):
+    assert diverging_guesses
     asked.extend(label for label, _ in many)
     cell = lambda one: {"accuracy": 1 / one.inner_steps, "interval95": 0.01, "tasks": 4}
     return [{"cells": {"1-shot transductive": cell(one)}} for _, one in many]

@@ -105,7 +105,30 @@ def test_nothing_crosses_to_the_host_inside_a_run():
   assert "callback" not in program.as_text()
 
 
+def test_a_sweep_is_its_runs_one_by_one():
+  """Three pairs of rates with seeds of their own."""
+  values = {"inner": jnp.array([0.01, 0.1, 0.3]), "outer": jnp.array([1.0, 0.5, 0.1])}
+  keys = jax.random.split(KEY, 3)
+  params = jnp.stack([problems.weights(seed) for seed in range(3)])
+  _, sample = make()
+
+  def make_learner(values):
+    gradient = metajax.batched(metajax.reptile(LOSS, optax.sgd(values["inner"])), 4)
+    return metajax.meta_learner(gradient, optax.sgd(values["outer"]))
+
+  sweep = metajax.sweep(make_learner, sample, 5)
+  states, infos = jax.jit(sweep.run)(values, sweep.init(values, params), keys)
+  assert states.params.shape == (3, *params.shape[1:]) and infos.losses.shape[:2] == (3, 5)
+  for run in range(3):
+    learner = make_learner({name: value[run] for name, value in values.items()})
+    alone = jax.jit(metajax.run(learner, sample, 5))(learner.init(params[run]), keys[run])
+    together = jax.tree.map(lambda leaf, run=run: leaf[run], (states, infos))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
+
+
 def test_run_refuses_no_steps():
+  with pytest.raises(ValueError, match="num_steps must be at least 1"):
+    metajax.sweep(lambda values: make()[0], make()[1], 0)
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
     metajax.run(*make(), 0)
 

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import optax
 import pytest
 
 import metajax
+from benchmarks import scaling
 from tests import problems
 
 LOSS = problems.softmax_loss()
@@ -60,6 +63,84 @@ def test_sharded_adds_gradients_in_one_all_reduce():
   assert program.count(" all-reduce(") == 1
   for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
     assert other not in program
+
+
+def sampling(num_tasks, mesh=None):
+  """Episodes of images, which are told from all else by their type, uint8."""
+  images = np.arange(60 * 4, dtype=np.uint8).reshape(60, 4)
+  classes = metajax.data.few_shot.from_arrays(images, np.repeat(np.arange(6), 10))
+  if mesh is not None:
+    classes = jax.device_put(classes, jax.NamedSharding(mesh, jax.P()))
+  sample_task = metajax.data.few_shot.sample_task(
+    classes, ways=problems.CLASSES, train_shots=4, test_shots=2
+  )
+  make_episode = metajax.separate_tail(metajax.cycling(3, 4))
+  return metajax.sample_episodes(sample_task, make_episode, num_tasks, mesh)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+def test_each_device_draws_its_own_tasks_and_they_are_the_same(devices):
+  key = jax.random.key(3)
+  expected = jax.jit(sampling(T))(key)
+  drawn = jax.jit(sampling(T, mesh(devices)))(key)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:T], b), drawn, expected)
+  slots = -(-T // devices) * devices
+  for leaf in jax.tree.leaves(drawn):
+    assert len(leaf) == slots and len(leaf.sharding.device_set) == devices
+    assert {len(shard.data) for shard in leaf.addressable_shards} == {slots // devices}
+
+
+@pytest.mark.parametrize("num_tasks", [4, 5])
+@pytest.mark.parametrize("lift", ["sharded", "per_device"])
+def test_a_meta_step_sends_the_gradient_and_the_losses_once_and_nothing_else(num_tasks, lift):
+  """From the compiled program, sampling included: no device ever sees the others' tasks."""
+  one = metajax.reptile(problems.softmax_loss(), ADAM)
+  on = mesh(4)
+  if lift == "sharded":
+    gradient = metajax.sharded(one, num_tasks, on)
+  else:
+    num_tasks = 8
+    gradient = metajax.per_device(metajax.serial(one), on)
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0))
+  everywhere = jax.NamedSharding(on, jax.P())
+  state, key = jax.device_put((learner.init(PARAMS), jax.random.key(0)), everywhere)
+  state = state._replace(inner=gradient.init(PARAMS))
+  many_steps = metajax.run(learner, sampling(num_tasks, on), 3)
+  program = jax.jit(many_steps).lower(state, key).compile().as_text()
+  losses = 3
+  assert scaling.collectives(program) == [("all-reduce", 4 * (PARAMS.size + losses))]
+  drawn = {int(rows) for rows in re.findall(r"= u8\[(\d+),1?,?4\]\S* gather", program)}
+  examples = problems.CLASSES * 6
+  assert drawn and max(drawn) <= -(-num_tasks // 4) * examples
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_tasks_in_turn_on_each_device(devices):
+  """Each device hands one inner state along its share; the gradient is the mean over all tasks."""
+  one, rounds, tasks = metajax.reptile(LOSS, ADAM), 2, 4
+  meta_gradient = metajax.per_device(metajax.serial(one), mesh(devices))
+  state, alone = meta_gradient.init(PARAMS), [one.init(PARAMS)] * devices
+  for seed in range(rounds):
+    seeds = [10 * seed + task for task in range(tasks)]
+    episodes = problems.episodes(seeds, k=3)
+    gradient, state, info = jax.jit(meta_gradient.estimate)(PARAMS, state, episodes)
+    total, losses = 0, 0
+    for number, task in enumerate(seeds):
+      device = number * devices // tasks
+      one_gradient, alone[device], one_info = one.estimate(
+        PARAMS, alone[device], problems.episode(task, k=3)
+      )
+      total, losses = total + one_gradient, losses + one_info.losses
+    np.testing.assert_allclose(gradient, total / tasks, rtol=1e-5)
+    np.testing.assert_allclose(info.losses, losses / tasks, rtol=1e-5)
+  for device in range(devices):
+    np.testing.assert_allclose(state[0].nu[device], alone[device][0].nu, rtol=1e-5)
+
+
+def test_shares_are_equal():
+  meta_gradient = metajax.per_device(metajax.serial(metajax.reptile(LOSS, ADAM)), mesh(4))
+  with pytest.raises(ValueError, match="4 devices do not divide 5 tasks"):
+    meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(5), k=3))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
