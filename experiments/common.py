@@ -105,7 +105,7 @@ def main(
     caught.append(number)
     if len(caught) > 1:  # asked again
       os._exit(128 + number)
-    print("stopping; once more to stop at once and lose what is not saved", file=sys.stderr)
+    print("\nstopping; once more to stop at once and lose what is not saved", file=sys.stderr)
     _STOPPING.set()
 
   for number in (signal.SIGINT, signal.SIGTERM):
