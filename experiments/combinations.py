@@ -151,7 +151,7 @@ def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
-  common.check_numbers(settings)
+  common.check_numbers(settings, "inner_batch", "ways")
   settings = common.changed(settings, out=folders.folder_name("combinations", settings))
   by_curve = runs(settings)
   if settings.plot_only:

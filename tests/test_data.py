@@ -231,8 +231,8 @@ def replace(new):
     (replace(b"this is no image"), "not a readable image"),
     (replace(png(np.random.default_rng(1), (28, 28))), "28x28 pixels, not 105x105"),
     (replace(png(np.random.default_rng(1))[:60]), "not a readable image"),
-    (rename("images_train/A/character99/9999_01.png"), "5 characters and 80 drawings, not 4"),
-    (rename("images_train/A/character00/.hidden.png"), "4 characters and 79 drawings, not 4"),
+    (rename("images_train/A/character99/9999_01.png"), "5 characters, not 4"),
+    (rename("images_train/A/character00/.hidden.png"), "19 drawings of character 0001, not 20"),
     (rename("images_train/A/character00/0001_02.png"), "0001_02.png twice"),
   ],
 )
