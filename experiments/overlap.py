@@ -73,7 +73,7 @@ def points(settings: SimpleNamespace) -> list[Point]:
   """
   unknown = sorted(set(settings.panels) - set(PANELS))
   if unknown or not settings.panels or len(set(settings.panels)) < len(settings.panels):
-    raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas")
+    raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once")
   common.refuse(settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches")
   found = []
   for panel in settings.panels:

@@ -255,6 +255,11 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   return partial(run, settings, folder)
 
 
+def defaults(**changes: Any) -> SimpleNamespace:
+  """The flags' default values, but for `changes`: to run from Python."""
+  return common.defaults((), **{**_DEFAULTS, **changes})
+
+
 def main(argv: list[str]) -> None:
   common.main("sine", argv, (), _DEFAULTS, program)
 

@@ -20,6 +20,13 @@ Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
 
 
+_MISFITS = (
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+  errors.ScopeParamShapeError,
+)
+
+
 class Model(NamedTuple):
   """A network as two pure functions; make one by hand from any pair."""
 
@@ -51,7 +58,7 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
   def apply(params: Params, inputs: Any) -> Any:
     try:
       return module.apply({"params": params}, inputs)
-    except (errors.ScopeParamShapeError, errors.ScopeParamNotFoundError) as error:
+    except _MISFITS as error:
       shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
       raise ValueError(
         f"inputs {shapes} and the parameters do not fit each other: give inputs of the size that "
