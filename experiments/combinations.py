@@ -151,7 +151,7 @@ def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:
   """What the binary does, checked."""
-  common.check_numbers(settings)
+  common.check_numbers(settings, "inner_batch", "ways")
   by_curve = runs(settings)
   if settings.plot_only:
     return partial(draw, settings, _logs(by_curve))
@@ -170,4 +170,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=common.parse_flags)

@@ -73,6 +73,14 @@ def defaults(own_flags: Iterable[flags.FlagHolder], **changes: Any) -> SimpleNam
   return SimpleNamespace(**{**values, **changes})
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """As absl does, but what is wrong is one line."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f"{Path(argv[0]).stem}: {' '.join(str(error).split())}")
+
+
 def main(
   name: str,
   argv: list[str],

@@ -178,18 +178,37 @@ def _shots_and_batches(settings: SimpleNamespace) -> list[tuple[int, int]]:
   return list(zip(shots, batches * len(shots) if len(batches) == 1 else batches, strict=True))
 
 
+def _check_choices(settings: SimpleNamespace) -> None:
+  """Of flags that are one of a few: the binary's are parsed, those from Python are not."""
+  for flag in FLAGS:
+    choices = getattr(flags.FLAGS[flag.name].parser, "enum_values", None)
+    value = getattr(settings, flag.name)
+    if choices and value not in choices and not (value is None and flag.default is None):
+      raise ValueError(f"--{flag.name}={value} must be one of {', '.join(choices)}")
+
+
+def _float32(value: float) -> float:
+  """As JAX will compute with it: out of its range is infinite or 0."""
+  with np.errstate(over="ignore", under="ignore"):
+    return float(np.float32(value))
+
+
 def check(settings: SimpleNamespace) -> None:
   """Refuses flags that are out of range or contradict each other, in one line."""
+  _check_choices(settings)
   common.check_numbers(settings, *_AT_LEAST_ONE)
   for name in ("curve_tasks", "ways"):
     if getattr(settings, name) < 2:
       raise ValueError(f"--{name}={getattr(settings, name)} must be at least 2")
+  for name in ("meta_steps", "eval_tasks", "curve_tasks"):
+    if getattr(settings, name) >= 2**31:
+      raise ValueError(f"--{name}={getattr(settings, name)} must be below 2^31, to be counted")
   for name in ("inner_rate", "outer_rate", "outer_clip"):
     value = getattr(settings, name)
-    if value is not None and not 0 < value < float("inf"):
+    if value is not None and not 0 < _float32(value) < float("inf"):
       raise ValueError(f"--{name}={value} must be positive and finite")
   for name in ("outer_rate_final", "inner_eps_root"):
-    if not 0 <= getattr(settings, name) < float("inf"):
+    if not 0 <= _float32(getattr(settings, name)) < float("inf"):
       raise ValueError(f"--{name}={getattr(settings, name)} must not be negative, and finite")
   _shots_and_batches(settings)
   unknown = sorted(set(settings.curve_splits) - {"train", "test"})
@@ -222,7 +241,7 @@ def check(settings: SimpleNamespace) -> None:
       "training examples: lower it, or use --minibatches=cycling"
     )
   through_adam = settings.algorithm == "maml" and settings.inner_optimizer == "adam"
-  if through_adam and settings.inner_eps_root == 0:
+  if through_adam and _float32(settings.inner_eps_root) == 0:
     raise ValueError(
       "--algorithm=maml through --inner_optimizer=adam gives NaN where a gradient is 0: "
       "set --inner_eps_root, say to 1e-8, or use --inner_optimizer=sgd"
@@ -231,6 +250,13 @@ def check(settings: SimpleNamespace) -> None:
     raise ValueError(
       f"--chunk={settings.chunk} must be from 1 to --meta_batch={settings.meta_batch}"
     )
+  if settings.chunk is not None and settings.execution not in ("chunked", "sharded"):
+    raise ValueError(
+      f"--chunk is of no use with --execution={settings.execution}: leave it out, or use "
+      "--execution=chunked"
+    )
+  if settings.filters is not None and settings.filters < 1:
+    raise ValueError(f"--filters={settings.filters} must be at least 1")
 
 
 def load(settings: SimpleNamespace) -> metajax.data.Splits:
@@ -593,4 +619,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=common.parse_flags)

@@ -127,7 +127,7 @@ def read_records(folder: Path, name: str = METRICS) -> list[Record]:
   if not path.exists():
     return []
   lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  return [_parsed(path, line) for line in lines if line.endswith("\n")]
 
 
 def finished(out: str | os.PathLike) -> Record:
@@ -139,7 +139,14 @@ def finished(out: str | os.PathLike) -> Record:
   path = Path(out, "result.json")
   if not path.exists():
     raise ValueError(f"{out} holds no complete run to draw: train it first, without --plot_only")
-  return json.loads(path.read_text())
+  return _parsed(path, path.read_text())
+
+
+def _parsed(path: Path, text: str) -> Record:
+  try:
+    return json.loads(text)
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged: delete it, and run the same command again") from error
 
 
 def logged(out: str | os.PathLike) -> list[Record]:

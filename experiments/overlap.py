@@ -72,8 +72,8 @@ def points(settings: SimpleNamespace) -> list[Point]:
     ValueError: if a flag is no good.
   """
   unknown = sorted(set(settings.panels) - set(PANELS))
-  if unknown or not settings.panels:
-    raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas")
+  if unknown or not settings.panels or len(set(settings.panels)) < len(settings.panels):
+    raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once")
   common.refuse(settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches")
   found = []
   for panel in settings.panels:
@@ -89,6 +89,8 @@ def points(settings: SimpleNamespace) -> list[Point]:
 
 def _runs(settings: SimpleNamespace, curve: str, where: dict[str, Any]) -> list[SimpleNamespace]:
   k = where["inner_steps"]
+  if where["outer_rate"] <= 0:
+    raise ValueError(f"--outer_rate={where['outer_rate']} must be positive and finite")
   weights = [1.0] * k if curve.startswith("Reptile") else [0.0] * (k - 1) + [1.0]
   step = f"{np.log2(where['outer_rate']):g}"
   folder = f"{curve}, {k} x {where['inner_batch']}, step 2^{step}"
@@ -207,4 +209,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=common.parse_flags)

@@ -255,9 +255,14 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   return partial(run, settings, folder)
 
 
+def defaults(**changes: Any) -> SimpleNamespace:
+  """The flags' default values, but for `changes`: to run from Python."""
+  return common.defaults((), **{**_DEFAULTS, **changes})
+
+
 def main(argv: list[str]) -> None:
   common.main("sine", argv, (), _DEFAULTS, program)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=common.parse_flags)

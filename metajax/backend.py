@@ -25,8 +25,14 @@ def defaults() -> Defaults:
 
 
 def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of one axis, "tasks", over the given devices, or all there are."""
+  """A mesh of one axis, "tasks", over the given devices, or all there are.
+
+  Raises:
+    ValueError: if no device is given.
+  """
   devices = jax.devices() if devices is None else devices
+  if not devices:
+    raise ValueError("a mesh needs at least one device: leave devices out to use all there are")
   return jax.make_mesh((len(devices),), ("tasks",), axis_types=(AxisType.Auto,), devices=devices)
 
 

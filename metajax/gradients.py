@@ -1,7 +1,8 @@
 """Which combination of the gradients g_1 ... g_k becomes the outer gradient, for ONE task."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from metajax.inner import (
   LearnerState,
   Step,
   forward_over_reverse,
+  initial_state,
   inner_step,
   inner_update,
+  scalar,
 )
-from metajax.types import Episode, Examples, InnerState, LossFn, Params, take
+from metajax.types import Episode, Examples, InnerState, LossFn, Params, num_steps, take
 
 
 class Info(NamedTuple):
@@ -31,6 +34,9 @@ class MetaGradient(NamedTuple):
     init: `params -> inner_state`, what is carried from one task to the next.
     estimate: `(params, inner_state, episode) -> (gradient, inner_state, Info)`; the gradient has
       the parameters' structure and is meant for any optax optimizer, which subtracts it.
+
+  `init` raises a ValueError if a parameter is not floating point, `estimate` if the inner state,
+  the episode or what the loss returns is not of the shape it should have.
   """
 
   init: Callable[[Params], InnerState]
@@ -51,10 +57,10 @@ def reptile(
     stepsize: what the displacement is divided by.
 
   Raises:
-    ValueError: if the stepsize is not positive.
+    ValueError: if the stepsize is not positive and finite.
   """
-  if not isinstance(stepsize, jax.core.Tracer) and not stepsize > 0:
-    raise ValueError(f"stepsize must be positive, not {stepsize}")
+  if not isinstance(stepsize, jax.core.Tracer) and not 0 < stepsize < float("inf"):
+    raise ValueError(f"stepsize must be positive and finite, not {stepsize}")
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
@@ -66,7 +72,7 @@ def reptile(
     gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
     return gradient, learner.opt_state, Info(jnp.append(losses, last.loss))
 
-  return MetaGradient(optimizer.init, estimate)
+  return MetaGradient(partial(initial_state, optimizer), estimate)
 
 
 def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGradient:
@@ -86,10 +92,10 @@ def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGrad
     learner, losses = inner_update(
       loss_fn, optimizer, LearnerState(params, inner_state), episode.pool, episode.schedule
     )
-    last, gradient = jax.value_and_grad(loss_fn)(learner.params, episode.tail)
+    last, gradient = jax.value_and_grad(scalar(loss_fn))(learner.params, episode.tail)
     return gradient, learner.opt_state, Info(jnp.append(losses, last))
 
-  return MetaGradient(optimizer.init, estimate)
+  return MetaGradient(partial(initial_state, optimizer), estimate)
 
 
 def maml(
@@ -120,8 +126,9 @@ def maml(
   inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn
 
   def init(params: Params) -> InnerState:
+    state = initial_state(optimizer, params)
     _check_twice_differentiable(optimizer, params)
-    return optimizer.init(params)
+    return state
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
@@ -135,7 +142,7 @@ def maml(
         episode.schedule,
         remat=remat,
       )
-      last = loss_fn(learner.params, episode.tail)
+      last = scalar(loss_fn)(learner.params, episode.tail)
       return last, (learner.opt_state, jnp.append(losses, last))
 
     gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
@@ -165,14 +172,14 @@ def combine(
   Raises:
     ValueError: if the weights are not a finite vector; in `estimate`, if there are not `k` of them.
   """
-  coefficients = np.asarray(weights)
-  if coefficients.ndim != 1 or coefficients.size == 0 or not np.all(np.isfinite(coefficients)):
-    raise ValueError(f"weights must be k finite numbers, not {weights!r}")
+  coefficients = _numbers(weights)
+  if coefficients is None:
+    raise ValueError(f"weights must be k finite numbers, known beforehand, not {weights!r:.80}")
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    k = episode.schedule.shape[0] + 1
+    k = num_steps(episode.schedule) + 1
     if coefficients.size != k:
       raise ValueError(f"{coefficients.size} weights for an episode of k = {k} losses: give {k}")
 
@@ -197,7 +204,7 @@ def combine(
     (learner, gradient), last = advance(carry, jnp.asarray(coefficients[-1]), episode.tail)
     return gradient, learner.opt_state, Info(jnp.append(losses, last))
 
-  return MetaGradient(optimizer.init, estimate)
+  return MetaGradient(partial(initial_state, optimizer), estimate)
 
 
 def stateless(meta_gradient: MetaGradient) -> MetaGradient:
@@ -220,10 +227,24 @@ def stateless(meta_gradient: MetaGradient) -> MetaGradient:
   return MetaGradient(init, estimate)
 
 
+def _numbers(weights: Any) -> np.ndarray | None:
+  """A vector that is finite as JAX will hold it, or None."""
+  if isinstance(weights, jax.core.Tracer):
+    return None
+  try:
+    found = np.asarray(weights)
+    with np.errstate(over="ignore"):
+      finite = np.isfinite(found.astype(jax.dtypes.canonicalize_dtype(found.dtype)))
+  except (TypeError, ValueError):  # not numbers, or a ragged list of lists
+    return None
+  real = found.dtype != bool and not np.iscomplexobj(found)
+  return found if real and found.ndim == 1 and found.size and finite.all() else None
+
+
 def _check_twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
   """Probes the update's derivative at a zero gradient on scalars of the parameters' structure."""
   with jax.ensure_compile_time_eval():
-    scalars = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
+    scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), params)
     ones = jax.tree.map(jnp.ones_like, scalars)
     state = optimizer.init(scalars)
     _, slopes = jax.jvp(

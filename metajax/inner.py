@@ -1,11 +1,23 @@
 """The operator U^k: k optimizer steps on the losses of one task (Equations 1, 9 and 10)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from metajax.types import Examples, InnerState, LossFn, Params, take
+from metajax.types import (
+  Examples,
+  InnerState,
+  LossFn,
+  Params,
+  num_examples,
+  num_steps,
+  shapes,
+  take,
+)
 
 
 class LearnerState(NamedTuple):
@@ -21,6 +33,47 @@ class Step(NamedTuple):
   loss: jax.Array  # L_i(phi_i), a scalar
   grads: Params  # g_i = L_i'(phi_i)
   update: Params  # phi_{i+1} - phi_i
+
+
+def initial_state(optimizer: optax.GradientTransformation, params: Params) -> InnerState:
+  """The inner optimizer's state at the start.
+
+  Raises:
+    ValueError: if a parameter is not floating point.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+      name = jax.tree_util.keystr(path) or "theirs"
+      raise ValueError(
+        f"parameters must be floating point, and {name} is {dtype}: convert it, or leave it out"
+      )
+  return optimizer.init(params)
+
+
+def scalar(loss_fn: LossFn) -> LossFn:
+  """The same loss, refusing what cannot be a minibatch or a loss; it looks at shapes alone.
+
+  Raises:
+    ValueError: when called, if there is no example, or the loss is not one floating-point number.
+  """
+
+  def checked(params: Params, batch: Examples) -> jax.Array:
+    if num_examples(batch) == 0:
+      raise ValueError("a minibatch has no example: raise the batch size or the shots")
+    loss = loss_fn(params, batch)
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(loss)]
+    if not jax.tree_util.all_leaves([loss]) or not (
+      types[0].shape == () and jnp.issubdtype(types[0].dtype, jnp.floating)
+    ):
+      found = ", ".join(map(str, types)) or "nothing"
+      raise ValueError(
+        f"the loss must be one floating-point number, not {found}: return the sum or the mean over "
+        "the minibatch, and nothing else"
+      )
+    return loss
+
+  return checked
 
 
 def inner_step(
@@ -39,8 +92,18 @@ def inner_step(
 
   Returns:
     The learner after the step, and the `Step`.
+
+  Raises:
+    ValueError: if the parameters are not floating point, the state is not theirs, the loss is not
+      a scalar, or the minibatch has no example.
   """
-  loss, grads = jax.value_and_grad(loss_fn)(learner.params, batch)
+  own = jax.eval_shape(partial(initial_state, optimizer), learner.params)
+  if shapes(learner.opt_state) != shapes(own):
+    raise ValueError(
+      "the inner state is not that of this optimizer for these parameters: start from what `init` "
+      "returns for them"
+    )
+  loss, grads = jax.value_and_grad(scalar(loss_fn))(learner.params, batch)
   update, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
   params = optax.apply_updates(learner.params, update)
   return LearnerState(params, opt_state), Step(loss, grads, update)
@@ -67,13 +130,17 @@ def inner_update(
 
   Returns:
     The learner after `k` steps, and the losses L_i(phi_i), `[k]`.
+
+  Raises:
+    ValueError: as `inner_step`, or if the schedule is not rows `[k, b]`.
   """
 
   def body(learner: LearnerState, rows: jax.Array) -> tuple[LearnerState, jax.Array]:
     learner, step = inner_step(loss_fn, optimizer, learner, take(pool, rows))
     return learner, step.loss
 
-  return jax.lax.scan(jax.checkpoint(body) if remat else body, learner, schedule)
+  step = jax.checkpoint(body) if remat else body
+  return jax.lax.scan(step, learner, schedule, length=num_steps(schedule))
 
 
 def forward_over_reverse(loss_fn: LossFn) -> LossFn:
@@ -84,6 +151,7 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   the direction v it needs phi and the minibatch alone, and the activations are computed anew. The
   results are equal to rounding. Only derivatives by the parameters are defined.
   """
+  loss_fn = scalar(loss_fn)
   grad = jax.grad(loss_fn)
 
   @jax.custom_vjp

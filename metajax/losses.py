@@ -21,9 +21,14 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
       gradient, which SGD feels and Adam hides.
 
   Raises:
-    ValueError: for any other reduction.
+    ValueError: for any other reduction; when called, if the labels are not integers `[n]`.
   """
-  return _reduced(apply, optax.losses.softmax_cross_entropy_with_integer_labels, reduction)
+
+  def per_example(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    _check_labels(logits, labels)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+  return _reduced(apply, per_example, reduction)
 
 
 def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
@@ -34,7 +39,7 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
     reduction: `"sum"` or `"mean"` over the `n` examples; an example's own components are summed.
 
   Raises:
-    ValueError: for any other reduction.
+    ValueError: for any other reduction; when called, if the two shapes differ.
   """
 
   def per_example(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -46,8 +51,21 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
 
 
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-  """The fraction of `outputs [n, classes]` whose largest entry is at the label in `targets [n]`."""
+  """The fraction of `outputs [n, classes]` whose largest entry is at the label in `targets [n]`.
+
+  Raises:
+    ValueError: if the labels are not integers `[n]`.
+  """
+  _check_labels(outputs, targets)
   return jnp.mean(jnp.argmax(outputs, axis=-1) == targets)
+
+
+def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
+  if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be integers {logits.shape[:-1]} for logits {logits.shape}, not {labels.dtype} "
+      f"{labels.shape}: give each example the number of its class"
+    )
 
 
 def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:

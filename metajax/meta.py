@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metajax.gradients import Info, MetaGradient
-from metajax.types import Episode, InnerState, Params, PRNGKey, SampleEpisodes
+from metajax.types import Episode, InnerState, Params, PRNGKey, SampleEpisodes, shapes
 
 
 class MetaState(NamedTuple):
@@ -36,6 +36,8 @@ def meta_learner(
     meta_gradient: usually lifted over a meta-batch by `batched` or `serial`.
     optimizer: any optax transformation. For Algorithm 1's phi <- phi + epsilon (phi~ - phi), outer
       SGD of rate epsilon.
+
+  `step` raises a ValueError if the gradient or the outer state has not the shapes that it should.
   """
 
   def init(params: Params) -> MetaState:
@@ -45,6 +47,15 @@ def meta_learner(
 
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
     gradient, inner, info = meta_gradient.estimate(state.params, state.inner, episodes)
+    if shapes(gradient) != shapes(state.params):
+      raise ValueError(
+        "the gradient is not like the parameters: return one array for each, of its shape"
+      )
+    if shapes(state.outer) != shapes(jax.eval_shape(optimizer.init, state.params)):
+      raise ValueError(
+        "the outer state is not that of this optimizer for these parameters: start from what "
+        "`init` returns for them"
+      )
     updates, outer = optimizer.update(gradient, state.outer, state.params)
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info

@@ -22,11 +22,13 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
     `(key, n) -> rows`, int32 `[k, b]`; it consumes the key.
 
   Raises:
-    ValueError: if a size is below 1.
+    ValueError: if a size is below 1, or, when the schedule is drawn, if there is no example.
   """
   _check(num_steps, batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
+    if n < 1:
+      raise ValueError(f"minibatches cannot be drawn from {n} examples: raise the shots")
     passes = -(-num_steps * batch_size // n)
     shuffles = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(key, passes))
     return shuffles.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)

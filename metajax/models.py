@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 from flax import linen as nn
 
 from metajax.convolution import Method, convolution
@@ -17,6 +18,13 @@ from metajax.types import Apply, Params, PRNGKey
 
 Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
+
+
+_MISFITS = (
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+  errors.ScopeParamShapeError,
+)
 
 
 class Model(NamedTuple):
@@ -34,7 +42,8 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
     example_inputs: an array (or tree) of the inputs' shape, `[n, ...]`.
 
   Raises:
-    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics.
+    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
+      `apply`, if the parameters or the inputs are not of the shapes that it has.
   """
 
   def init(key: PRNGKey) -> Params:
@@ -46,7 +55,17 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
       )
     return variables.get("params", {})
 
-  return Model(init, lambda params, inputs: module.apply({"params": params}, inputs))
+  def apply(params: Params, inputs: Any) -> Any:
+    try:
+      return module.apply({"params": params}, inputs)
+    except _MISFITS as error:
+      shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
+      raise ValueError(
+        f"inputs {shapes} and the parameters do not fit each other: give inputs of the size that "
+        "the model was made for, and the parameters that its init returned"
+      ) from error
+
+  return Model(init, apply)
 
 
 def from_nnx(make: Callable[[Any], Any]) -> Model:
@@ -140,13 +159,20 @@ class ConvNet(nn.Module):
   head: Head = "flatten"
   method: Method | None = None
 
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 counts as 0..255."""
+  def __post_init__(self) -> None:
     if self.downsample not in ("stride", "pool"):
       raise ValueError(f"downsample must be 'stride' or 'pool', not {self.downsample!r}")
     if self.head not in ("flatten", "mean"):
       raise ValueError(f"head must be 'flatten' or 'mean', not {self.head!r}")
+    if self.method is not None:  # the default is that of a backend, and starts it
+      convolution(self.method)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 counts as 0..255."""
+    if inputs.ndim != 4:
+      raise ValueError(f"images must be [n, height, width, channels], not {inputs.shape}")
     pool = self.downsample == "pool"
     hidden = inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
     for _ in range(4):
@@ -254,7 +280,13 @@ def mini_imagenet(
 def sine(
   features: Sequence[int] = (64, 64, 1), activation: Callable[[jax.Array], jax.Array] = nn.tanh
 ) -> Model:
-  """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`."""
+  """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`.
+
+  Raises:
+    ValueError: if there is no layer, or one without a unit.
+  """
+  if not features or min(features) < 1:
+    raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
   return from_linen(MLP(tuple(features), activation), np.zeros((1, 1), np.float32))
 
 

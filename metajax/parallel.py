@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from metajax.types import (
   PRNGKey,
   SampleEpisodes,
   SampleTask,
+  num_examples,
 )
 
 
@@ -98,7 +98,8 @@ def batched(
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    chex.assert_tree_shape_prefix((inner_state, episodes), (num_tasks,))
+    _check_axis("the inner state", inner_state, num_tasks)
+    _check_axis("episodes", episodes, num_tasks)
     total, inner_state, infos = _over_slots(
       meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
     )
@@ -123,9 +124,9 @@ def serial(meta_gradient: MetaGradient) -> MetaGradient:
       gradient, inner_state, info = meta_gradient.estimate(params, inner_state, episode)
       return (inner_state, jax.tree.map(jnp.add, total, gradient)), info
 
+    num_tasks = num_examples(episodes)
     zeros = jax.tree.map(jnp.zeros_like, params)
     (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
-    num_tasks = episodes.schedule.shape[0]
     info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
     return _scaled(total, num_tasks), inner_state, info
 
@@ -185,9 +186,9 @@ def sharded(
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    chex.assert_tree_shape_prefix(inner_state, (slots,))
-    if episodes.schedule.shape[0] != slots:  # not drawn with the mesh
-      chex.assert_tree_shape_prefix(episodes, (num_tasks,))
+    _check_axis("the inner state", inner_state, slots)
+    if jnp.shape(episodes.schedule)[:1] != (slots,):  # not drawn with the mesh
+      _check_axis("episodes", episodes, num_tasks)
       episodes = _padded(episodes, num_tasks, slots)
     counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
     return all_devices(params, inner_state, episodes, counts)
@@ -234,7 +235,7 @@ def per_device(meta_gradient: MetaGradient, mesh: Mesh | None = None) -> MetaGra
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    num_tasks = episodes.schedule.shape[0]
+    num_tasks = num_examples(episodes)
     if num_tasks % mesh.size:
       raise ValueError(
         f"{mesh.size} devices do not divide {num_tasks} tasks: change the meta-batch"
@@ -266,7 +267,7 @@ def map_tasks(
   mesh, by_task = _mesh_and_spec(mesh)
 
   def mapped(shared: Any, tasks: Any) -> Any:
-    num_tasks = jax.tree.leaves(tasks)[0].shape[0]
+    num_tasks = num_examples(tasks)
     slots = _slots(num_tasks, mesh)
     size = _chunk_or_default(chunk, slots // mesh.size)
     one_task = _traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
@@ -342,6 +343,15 @@ def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
   if len(mesh.axis_names) != 1:
     raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
   return mesh, PartitionSpec(mesh.axis_names)
+
+
+def _check_axis(what: str, tree: Any, size: int) -> None:
+  found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)} - {(size,)}
+  if found:
+    raise ValueError(
+      f"{what} must have a leading axis of {size}, not {sorted(found)}: give as many tasks as the "
+      "meta-batch, and the state that init returned"
+    )
 
 
 def _slots(num_tasks: int, mesh: Mesh) -> int:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # A pytree of float arrays, and the optimizer state that goes with it.
 Params = Any
@@ -43,11 +45,45 @@ MakeEpisode = Callable[[PRNGKey, Task], Episode]
 SampleEpisodes = Callable[[PRNGKey], Episode]  # every leaf with a leading task axis [T, ...]
 
 
-def num_examples(examples: Examples) -> int:
-  """The length `n` of the leading axis."""
-  return jax.tree.leaves(examples)[0].shape[0]
+def num_examples(examples: Any) -> int:
+  """The length `n` of the leading axis.
+
+  Raises:
+    ValueError: if the leaves do not share one.
+  """
+  shapes = [np.shape(leaf) for leaf in jax.tree.leaves(examples)]
+  if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+    found = ", ".join(map(str, shapes)) or "no array"
+    raise ValueError(
+      f"examples are arrays [n, ...] of one n, not {found}: give as many targets as inputs"
+    )
+  return shapes[0][0]
+
+
+def num_steps(schedule: jax.Array) -> int:
+  """The number of minibatches in a schedule.
+
+  Raises:
+    ValueError: if it is not rows `[k, b]`.
+  """
+  if len(np.shape(schedule)) != 2 or not jnp.issubdtype(schedule.dtype, jnp.integer):
+    raise ValueError(
+      f"a schedule is integer rows [k, b] of the pool, not {schedule.dtype} {schedule.shape}: "
+      "draw it with cycling or replacement"
+    )
+  return schedule.shape[0]
 
 
 def take(examples: Examples, rows: jax.Array) -> Examples:
-  """The examples in `rows` (int32, any shape `[...]`): leaves `[..., *rest]`."""
+  """The examples in `rows` (int32, any shape `[...]`): leaves `[..., *rest]`.
+
+  Raises:
+    ValueError: if the examples do not share one leading axis.
+  """
+  num_examples(examples)
   return jax.tree.map(lambda leaf: leaf[rows], examples)
+
+
+def shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+  """The structure of a tree and the shapes of its leaves, to be compared with another's."""
+  return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]

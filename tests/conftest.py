@@ -4,6 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from archives import CHARACTERS, members, write_tar
+
+from metajax.data import omniglot
 
 jax.config.update("jax_num_cpu_devices", 4)  # devices to spread tasks over; one is used by default
 
@@ -26,3 +29,19 @@ def shared():
     return SHARED / name
 
   return path
+
+
+@pytest.fixture
+def small_omniglot(monkeypatch):
+  monkeypatch.setattr(omniglot, "ARCHIVES", CHARACTERS)
+  monkeypatch.setattr(omniglot, "_TRAIN_CHARACTERS", 5)
+
+
+@pytest.fixture
+def mini(tmp_path):
+  folder = tmp_path / "mini"
+  folder.mkdir()
+  write_tar(folder / "train.tar.gz", members("train", {"n01": 3, "n02": 2}))
+  write_tar(folder / "train_rest.tar.gz", members("train", {"n02": 2}, seed=1, first=50))
+  write_tar(folder / "test.tar.gz", members("test", {"n09": 2}))
+  return folder

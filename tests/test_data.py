@@ -1,5 +1,4 @@
 import functools
-import gzip
 import http.server
 import io
 import tarfile
@@ -10,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from archives import members, write_omniglot, write_tar
 from PIL import Image
 
-import metajax
 from metajax.data import DataError, few_shot, files, glyphs, mini_imagenet, omniglot, sine
 
 KEY = jax.random.key(0)
@@ -64,33 +63,6 @@ def test_from_arrays_sorts_by_label():
   np.testing.assert_array_equal(classes.sizes, [1, 1, 2])
 
 
-@pytest.mark.parametrize(
-  ("inputs", "labels", "message"),
-  [
-    (np.ones((3, 2)), np.zeros(2, int), "must be"),
-    (np.ones((0, 2)), np.zeros(0, int), "m >= 1"),
-    (np.ones((2, 2)), np.zeros(2), "integers, not float64"),
-    (np.array([1.0, np.nan]), np.zeros(2, int), "finite"),
-  ],
-)
-def test_from_arrays_refuses(inputs, labels, message):
-  with pytest.raises(ValueError, match=message):
-    few_shot.from_arrays(inputs, labels)
-
-
-@pytest.mark.parametrize(
-  ("numbers", "message"),
-  [
-    ({"ways": 6, "train_shots": 1, "test_shots": 1}, "6 ways need 6 classes, and there are 5"),
-    ({"ways": 5, "train_shots": 4, "test_shots": 3}, "needs 7 examples of each class, and class 2"),
-    ({"ways": 5, "train_shots": 0, "test_shots": 3}, "train_shots must be at least 1"),
-  ],
-)
-def test_tasks_that_cannot_be_drawn_are_refused(numbers, message):
-  with pytest.raises(ValueError, match=message):
-    few_shot.sample_task(numbered_classes([9, 8, 6, 30, 9]), **numbers)
-
-
 # Sine waves
 
 
@@ -138,47 +110,7 @@ def test_glyphs_are_drawn_from_the_seed():
   assert 0 < within < between  # drawings of a class differ, and classes differ more
 
 
-def test_glyphs_refuse_none():
-  with pytest.raises(ValueError, match="at least 1"):
-    glyphs.load(train_classes=0)
-
-
 # Omniglot, from archives made here
-
-CHARACTERS = {"train": ("images_background.zip", 4), "test": ("images_evaluation.zip", 3)}
-
-
-def png(rng, size=(105, 105)):
-  file = io.BytesIO()
-  ink = Image.fromarray((rng.random(size[::-1]) < 0.8).astype(np.uint8) * 255)
-  ink.convert("1").save(file, "PNG")
-  return file.getvalue()
-
-
-def write_omniglot(folder, characters=CHARACTERS, drawings=20, change=None):
-  """Both zips in the official layout; `change(split, name, content)` may spoil a file."""
-  folder.mkdir(exist_ok=True)
-  rng, label = np.random.default_rng(0), 0
-  for split, (archive, count) in characters.items():
-    with zipfile.ZipFile(folder / archive, "w") as file:
-      file.writestr(f"images_{split}/", b"")
-      file.writestr("__MACOSX/images/._0001_01.png", b"junk")
-      for character in range(count):
-        label += 1
-        for drawing in range(drawings):
-          where = f"images_{split}/Alphabet_{label % 2}/character{character:02d}"
-          name = f"{where}/{label:04d}_{drawing + 1:02d}.png"
-          content = png(rng)
-          if change is not None:
-            name, content = change(split, name, content)
-          file.writestr(name, content)
-  return folder
-
-
-@pytest.fixture
-def small_omniglot(monkeypatch):
-  monkeypatch.setattr(omniglot, "ARCHIVES", CHARACTERS)
-  monkeypatch.setattr(omniglot, "_TRAIN_CHARACTERS", 5)
 
 
 def test_omniglot_is_prepared_once(tmp_path, small_omniglot, monkeypatch):
@@ -210,66 +142,6 @@ def test_omniglot_is_prepared_once(tmp_path, small_omniglot, monkeypatch):
   upright = np.asarray(pooled.train.inputs[: 5 * 20])
   together = np.concatenate([upright, np.asarray(pooled.test.inputs)]).reshape(7 * 20, -1)
   assert len(np.unique(together, axis=0)) == 7 * 20  # every character once, on one side only
-
-
-def rename(target):
-  return lambda split, name, content: (
-    (target, content) if name.endswith("0001_01.png") else (name, content)
-  )
-
-
-def replace(new):
-  return lambda split, name, content: (name, new if name.endswith("0001_01.png") else content)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (rename("../../escape.png"), "unsafe name"),
-    (rename("/absolute.png"), "unsafe name"),
-    (rename("images_train/loose.png"), "not SET/ALPHABET"),
-    (replace(b"this is no image"), "not a readable image"),
-    (replace(png(np.random.default_rng(1), (28, 28))), "28x28 pixels, not 105x105"),
-    (replace(png(np.random.default_rng(1))[:60]), "not a readable image"),
-    (rename("images_train/A/character99/9999_01.png"), "5 characters and 80 drawings, not 4"),
-    (rename("images_train/A/character00/.hidden.png"), "4 characters and 79 drawings, not 4"),
-    (rename("images_train/A/character00/0001_02.png"), "0001_02.png twice"),
-  ],
-)
-def test_broken_omniglot_archives(tmp_path, small_omniglot, change, message):
-  folder = write_omniglot(tmp_path / "zips", change=change)
-  with pytest.raises(DataError, match=message) as error:
-    omniglot.load(folder, cache_dir=tmp_path / "cache")
-  assert "\n" not in str(error.value)
-  assert not list((tmp_path / "cache").rglob("dataset_info.json"))  # no partial set is left
-
-
-def test_a_truncated_zip(tmp_path, small_omniglot):
-  folder = write_omniglot(tmp_path / "zips")
-  whole = (folder / "images_background.zip").read_bytes()
-  (folder / "images_background.zip").write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(DataError, match="truncated or damaged"):
-    omniglot.load(folder, cache_dir=tmp_path / "cache")
-
-
-def test_a_flipped_bit_in_a_zip(tmp_path, small_omniglot):
-  folder = write_omniglot(tmp_path / "zips")
-  content = bytearray((folder / "images_background.zip").read_bytes())
-  content[len(content) // 3] ^= 16
-  (folder / "images_background.zip").write_bytes(content)
-  with pytest.raises(DataError):
-    omniglot.load(folder, cache_dir=tmp_path / "cache")
-
-
-def test_omniglot_says_which_archive_is_missing(tmp_path, small_omniglot):
-  folder = write_omniglot(tmp_path / "zips")
-  (folder / "images_evaluation.zip").unlink()
-  with pytest.raises(DataError, match=r"has no images_evaluation.zip: download from https"):
-    omniglot.load(folder, cache_dir=tmp_path / "cache")
-  with pytest.raises(DataError, match="is not a folder"):
-    omniglot.load(tmp_path / "nowhere", cache_dir=tmp_path / "cache")
-  with pytest.raises(ValueError, match="'pooled' or 'alphabets'"):
-    omniglot.load(folder, protocol="vinyals")
 
 
 @pytest.fixture
@@ -316,39 +188,6 @@ def test_the_real_omniglot(shared, tmp_path):
 # mini-ImageNet, from archives made here
 
 
-def jpeg(rng, size=(84, 84)):
-  file = io.BytesIO()
-  Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(file, "JPEG")
-  return file.getvalue()
-
-
-def write_tar(path, members):
-  with tarfile.open(path, "w:gz") as archive:
-    for name, content in members.items():
-      info = tarfile.TarInfo(name)
-      info.size = len(content)
-      archive.addfile(info, io.BytesIO(content))
-
-
-def members(split, classes, seed=0, first=0):
-  rng = np.random.default_rng(seed)
-  return {
-    f"{split}/{name}/{name}{first + i:08d}.jpg": jpeg(rng)
-    for name, count in classes.items()
-    for i in range(count)
-  }
-
-
-@pytest.fixture
-def mini(tmp_path):
-  folder = tmp_path / "mini"
-  folder.mkdir()
-  write_tar(folder / "train.tar.gz", members("train", {"n01": 3, "n02": 2}))
-  write_tar(folder / "train_rest.tar.gz", members("train", {"n02": 2}, seed=1, first=50))
-  write_tar(folder / "test.tar.gz", members("test", {"n09": 2}))
-  return folder
-
-
 def test_mini_imagenet_reads_every_archive_once(mini, tmp_path, monkeypatch):
   cache = tmp_path / "cache"
   splits = mini_imagenet.load(mini, cache_dir=cache)
@@ -379,93 +218,6 @@ def test_mini_imagenet_from_class_folders(mini, tmp_path):
   np.testing.assert_array_equal(from_folders.train.sizes, from_archives.train.sizes)
 
 
-@pytest.mark.parametrize(
-  ("spoil", "message"),
-  [
-    ({"train/n01/a.jpg": b"no image"}, "n01/a.jpg in .* is not a readable image"),
-    ({"train/n01/a.jpg": jpeg(np.random.default_rng(0), (64, 84))}, "64x84 pixels, not 84x84"),
-    ({"../a.jpg": b""}, "unsafe name"),
-    ({"train/a.jpg": jpeg(np.random.default_rng(0))}, "not CLASS/IMAGE"),
-    ({"train/n02/n0200000000.jpg": jpeg(np.random.default_rng(0))}, "a second time"),
-    ({"train/n01/a.jpg": b"0" * (files._MAX_FILE_BYTES + 1)}, "over 16 MiB"),
-    ({"train/n09/a.jpg": jpeg(np.random.default_rng(0))}, "class n09 is in train and in test"),
-  ],
-)
-def test_broken_mini_imagenet_archives(mini, tmp_path, spoil, message):
-  write_tar(mini / "train_spoilt.tar.gz", spoil)
-  with pytest.raises(DataError, match=message) as error:
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-  assert "\n" not in str(error.value)
-  assert not list((tmp_path / "cache").glob("*"))  # nothing half-made is left
-
-
-@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
-def test_a_truncated_tar(mini, tmp_path, keep):
-  whole = (mini / "train.tar.gz").read_bytes()
-  (mini / "train.tar.gz").write_bytes(whole[: int(keep * len(whole))])
-  with pytest.raises(DataError, match=r"train.tar.gz is truncated or damaged"):
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-
-
-def test_a_flipped_bit_in_a_tar(mini, tmp_path):
-  content = bytearray((mini / "train.tar.gz").read_bytes())
-  content[-6] ^= 1  # of gzip's checksum, which only the end of the stream tells
-  (mini / "train.tar.gz").write_bytes(content)
-  with pytest.raises(DataError, match="truncated or damaged"):
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-
-
-@pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "flipped in a header"])
-def test_a_tar_cut_inside_a_sound_gzip(mini, tmp_path, damage):
-  content = bytearray(gzip.decompress((mini / "train.tar.gz").read_bytes()))
-  with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-    header = archive.getmembers()[2].offset
-  if damage == "flipped in a header":
-    content[header] ^= 1
-  else:
-    del content[header + (100 if damage == "cut in a header" else 0) :]
-  (mini / "train.tar.gz").write_bytes(gzip.compress(content))
-  with pytest.raises(DataError, match=r"train\.tar\.gz is truncated or damaged"):
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-
-
-def test_links_in_a_tar_are_refused(mini, tmp_path):
-  with tarfile.open(mini / "val.tar.gz", "w:gz") as archive:
-    link = tarfile.TarInfo("val/n05/n0500000000.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    archive.addfile(link)
-  with pytest.raises(DataError, match="a link: pack plain files only"):
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-
-
-def test_mini_imagenet_says_how_to_get_it(tmp_path, mini):
-  with pytest.raises(DataError, match=r"cannot be downloaded .* ILSVRC-2012"):
-    mini_imagenet.load(None)
-  with pytest.raises(DataError, match="has no train images: it should hold"):
-    mini_imagenet.load(tmp_path)
-  (mini / "test.tar.gz").unlink()
-  with pytest.raises(DataError, match="has no test images"):
-    mini_imagenet.load(mini)
-
-
-def test_an_empty_archive(mini, tmp_path):
-  write_tar(mini / "val.tar.gz", {"val/readme.txt": b"nothing"})
-  with pytest.raises(DataError, match="there is no image inside"):
-    mini_imagenet.load(mini, cache_dir=tmp_path / "cache")
-
-
-def test_a_damaged_cache(mini, tmp_path):
-  cache = tmp_path / "cache"
-  mini_imagenet.load(mini, cache_dir=cache)
-  (prepared,) = cache.glob("*.npz")
-  whole = prepared.read_bytes()
-  middle = len(whole) // 2
-  for damaged in (whole[:1000], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
-    prepared.write_bytes(damaged)
-    with pytest.raises(DataError, match=r"is damaged: delete it"):
-      mini_imagenet.load(mini, cache_dir=cache)
-
-
 def test_the_cache_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("METAJAX_CACHE", str(tmp_path / "here"))
   assert files.cache_directory() == tmp_path / "here"
@@ -473,7 +225,3 @@ def test_the_cache_folder(monkeypatch, tmp_path):
   monkeypatch.delenv("METAJAX_CACHE")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert files.cache_directory() == tmp_path / "metajax"
-
-
-def test_data_errors_are_value_errors():
-  assert issubclass(metajax.data.DataError, ValueError)

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -342,61 +340,6 @@ def test_there_is_a_flag_file_for_every_row_of_the_tables():
   assert {path.stem for path in FLAG_FILES} == expected
 
 
-BAD_FLAGS = [
-  ({"ways": 1}, "--ways=1 must be at least 2"),
-  ({"eval_shots": ["0"]}, "--eval_shots=0 must be at least 1"),
-  ({"eval_shots": ["1", "1"]}, "--eval_shots=1,1 must be different numbers"),
-  ({"eval_shots": ["five"]}, "--eval_shots=five must be numbers"),
-  ({"eval_batch": ["3", "5"]}, "--eval_batch=3,5 must be one number, or one for each"),
-  ({"curve_splits": ["tset"]}, "--curve_splits must be train, test"),
-  ({"algorithm": "combine"}, "--weights and --algorithm=combine go together"),
-  ({"algorithm": "combine", "weights": ["1"]}, "--weights has 1 numbers for --inner_steps=2"),
-  ({"algorithm": "combine", "weights": ["1", "inf"]}, "--weights=1,inf must be numbers"),
-  ({"seeds": 0}, "--seeds=0 must be at least 1"),
-  ({"meta_steps": 0}, "--meta_steps=0 must be at least 1"),
-  ({"inner_batch": -3}, "--inner_batch=-3 must be at least 1"),
-  ({"eval_tasks": 1}, "--eval_tasks=1 must be at least 2"),
-  ({"inner_rate": 0.0}, "--inner_rate=0.0 must be positive"),
-  ({"outer_rate": float("nan")}, "--outer_rate=nan must be positive"),
-  ({"outer_clip": -1.0}, "--outer_clip=-1.0 must be positive"),
-  ({"outer_rate_final": -0.5}, "--outer_rate_final=-0.5 must not be negative"),
-  ({"tail": "separate", "tail_shots": 3}, "--tail_shots=3 leaves none of --train_shots=3"),
-  ({"tail": "separate", "inner_steps": 1}, "--inner_steps=2 or more"),
-  ({"tail": "separate", "algorithm": "joint"}, "there is only one"),
-  ({"minibatches": "replacement", "inner_batch": 10}, "cannot be drawn without duplicates from 9"),
-  ({"execution": "chunked", "chunk": 3}, "--chunk=3 must be from 1 to --meta_batch=2"),
-  ({"filters": 0}, "filters must be at least 1"),
-  ({"ways": 6}, "6 ways need 6 classes, and there are 5"),
-  ({"eval_shots": ["20"]}, "needs 21 examples of each class"),
-  ({"algorithm": "maml"}, "--inner_eps_root"),
-  ({"dataset": "mini_imagenet"}, "cannot be downloaded"),
-  ({"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder"),
-  ({"out": "/dev/null/run"}, "cannot be written"),
-  ({"seed": -1}, "--seed=-1 must be from 0"),
-]
-
-
-@pytest.mark.parametrize(("bad", "message"), BAD_FLAGS, ids=lambda value: str(value)[:40])
-def test_bad_flags_get_one_clear_line(bad, message, tmp_path, splits, monkeypatch):
-  if "dataset" not in bad:
-    monkeypatch.setattr(few_shot, "load", lambda settings: splits)
-  with pytest.raises(ValueError) as error:
-    few_shot.prepare(settings(**{"out": str(tmp_path / "run"), **bad}))
-  assert message in str(error.value) and "\n" not in str(error.value)
-  assert not (tmp_path / "run").exists()
-
-
-def test_the_binary_ends_without_a_traceback():
-  bad = subprocess.run(
-    [sys.executable, "-m", "experiments.few_shot", "--ways=1"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert bad.returncode == 1
-  assert bad.stderr.strip().splitlines() == ["few_shot: --ways=1 must be at least 2"]
-
-
 def test_defaults_refuse_an_unknown_flag():
   with pytest.raises(ValueError, match="no flag --inner_rat"):
     few_shot.defaults(inner_rat=1.0)
@@ -529,28 +472,6 @@ def test_the_points_of_figure_4():
     assert (one.inner_steps, one.inner_batch, one.outer_rate) == varied
   assert {curve for panel, curve, *_ in found if panel == "c"} == {"FOMAML (shared tail, cycling)"}
   assert max(x for panel, _, x, _ in found if panel == "c") == 32
-
-
-@pytest.mark.parametrize(
-  ("module", "bad", "message"),
-  [
-    (combinations, {"curves": ["g9"]}, "--curves must be any of g1, mean2"),
-    (combinations, {"weights": ["1"]}, "--weights is not for this experiment"),
-    (combinations, {"inner_steps": 3}, "--inner_steps is not for this experiment"),
-    (combinations, {"curve_splits": ["train"]}, "--curve_splits must have test"),
-    (combinations, {"plot_only": True, "out": None}, "give an --out"),
-    (overlap, {"panels": []}, "--panels must be any of a, b, c"),
-    (overlap, {"inner_batch": 3}, "--inner_batch is not for this experiment"),
-    (overlap, {"plot_only": True}, "holds no complete run to draw"),
-    (expansions, {"waves": 0}, "--waves=0 must be at least 1"),
-    (expansions, {"seeds": 2}, "--seeds must be 1"),
-    (expansions, {"eval_tasks": 5}, "--eval_tasks is not for this experiment"),
-  ],
-)
-def test_figures_refuse_what_they_decide(module, bad, message, tmp_path):
-  with pytest.raises(ValueError, match=message):
-    module.program(module.defaults(**{"out": str(tmp_path / "run"), **bad}))
-  assert not (tmp_path / "run").exists()
 
 
 def test_expansions_leave_their_tables_and_figures(tmp_path, monkeypatch):

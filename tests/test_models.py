@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,3 +218,9 @@ def test_plain_functions():
 def test_networks_refuse_no_classes(network):
   with pytest.raises(ValueError, match="ways must be at least 1"):
     network(0)
+
+
+def test_making_a_network_starts_no_backend():
+  """So that `cores_as_devices` may come after."""
+  program = "import metajax; metajax.models.omniglot(5); metajax.cores_as_devices(3)"
+  subprocess.run([sys.executable, "-c", program], check=True)

@@ -231,7 +231,7 @@ def test_batched_refuses_sizes_that_do_not_fit(num_tasks, chunk):
 
 def test_batched_refuses_another_number_of_episodes():
   meta_gradient = metajax.batched(metajax.reptile(LOSS, ADAM), T)
-  with pytest.raises(AssertionError):
+  with pytest.raises(ValueError, match="episodes must have a leading axis of 5"):
     meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(3), k=3))
 
 

@@ -40,23 +40,38 @@ def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
     labels: integers `[m]`, any values; every distinct one is a class, in increasing order.
 
   Raises:
-    ValueError: if lengths differ, there is no example, the labels are not integers, or float inputs
-      are not all finite.
+    ValueError: if lengths differ, there is no example, the labels are not integers, or the inputs
+      are not all finite numbers that fit JAX's types (float32, int32).
   """
   inputs, labels = np.asarray(inputs), np.asarray(labels)
-  if labels.ndim != 1 or len(labels) != len(inputs) or not len(labels):
+  if labels.ndim != 1 or inputs.shape[:1] != labels.shape or not len(labels):
     raise ValueError(
       f"inputs {inputs.shape} and labels {labels.shape} must be [m, ...] and [m], with m >= 1"
     )
   if not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(f"labels must be integers, not {labels.dtype}")
-  if np.issubdtype(inputs.dtype, np.floating) and not np.all(np.isfinite(inputs)):
-    raise ValueError("inputs must be finite: there are NaN or infinite entries")
+  inputs = _stored(inputs)
   order = np.argsort(labels, kind="stable")
   _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
   return Classes(
     jnp.asarray(inputs[order]), jnp.asarray(starts, jnp.int32), jnp.asarray(sizes, jnp.int32)
   )
+
+
+def _stored(inputs: np.ndarray) -> np.ndarray:
+  """The inputs in the type that JAX will hold them in."""
+  if inputs.dtype != bool and not jnp.issubdtype(inputs.dtype, jnp.number):
+    raise ValueError(f"inputs must be numbers, not {inputs.dtype}: encode them")
+  with np.errstate(over="ignore"):
+    stored = inputs.astype(jax.dtypes.canonicalize_dtype(inputs.dtype), copy=False)
+  if jnp.issubdtype(stored.dtype, jnp.inexact):
+    if not np.all(np.isfinite(stored)):
+      raise ValueError(
+        f"inputs must be finite {stored.dtype}: there are NaN or infinite entries, remove them"
+      )
+  elif stored.dtype != inputs.dtype and not np.array_equal(stored, inputs):
+    raise ValueError(f"inputs must fit {stored.dtype}: scale them, or give floats")
+  return stored
 
 
 def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: int) -> SampleTask:
@@ -73,8 +88,8 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
     examples, sorted by class; targets int32. It consumes the key.
 
   Raises:
-    ValueError: if there are fewer classes than ways, a class has too few examples, or a number is
-      below 1 (`test_shots` may be 0).
+    ValueError: if there are fewer classes than ways, a class has too few examples or rows that are
+      not there, or a number is below 1 (`test_shots` may be 0).
   """
   if ways < 1 or train_shots < 1 or test_shots < 0:
     raise ValueError(
@@ -86,13 +101,15 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
     raise ValueError(
       f"{ways} ways need {ways} classes, and there are {num_classes}: lower the ways"
     )
-  smallest = int(np.argmin(np.asarray(classes.sizes)))
-  if classes.sizes[smallest] < shots:
+  starts, sizes = np.asarray(classes.starts), np.asarray(classes.sizes)
+  if starts.shape != sizes.shape or starts.min() < 0 or max(starts + sizes) > len(classes.inputs):
+    raise ValueError("classes have rows that the inputs lack: make them with from_arrays")
+  smallest, largest = int(np.argmin(sizes)), int(np.max(sizes))
+  if sizes[smallest] < shots:
     raise ValueError(
-      f"a task needs {shots} examples of each class, and class {smallest} has "
-      f"{int(classes.sizes[smallest])}: lower the shots"
+      f"a task needs {shots} examples of each class, and class {smallest} has {sizes[smallest]}: "
+      "lower the shots"
     )
-  largest = int(np.max(np.asarray(classes.sizes)))
 
   def sample(key: PRNGKey) -> Task:
     class_key, example_key = jax.random.split(key)

@@ -5,7 +5,9 @@ import hashlib
 import io
 import lzma
 import os
+import struct
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,11 +19,15 @@ from PIL import Image
 
 # Far above any image of a few-shot data set, far below what a decompression bomb would cost.
 _MAX_FILE_BYTES = 16 * 2**20
+# Images are compressed already: the true archives unpack to less than twice their size.
+_MAX_RATIO = 100
+_MAX_NAME = 255  # characters: what file systems allow
 _DAMAGE = (
   EOFError,
   OSError,
   RuntimeError,
   ValueError,
+  struct.error,
   zlib.error,
   lzma.LZMAError,
   tarfile.TarError,
@@ -48,11 +54,21 @@ def existing_directory(data_dir: str | os.PathLike) -> Path:
   return folder
 
 
+def unwritable(folder: Path, error: OSError) -> DataError:
+  """What to raise when prepared data cannot be kept."""
+  return DataError(
+    f"the cache {folder} cannot be written ({error.strerror}): give another cache_dir"
+  )
+
+
 def fingerprint(paths: Iterable[Path]) -> str:
   """A short name for a set of files as they are now: it changes when one is replaced."""
   digest = hashlib.sha256()
   for path in sorted(paths):
-    status = path.stat()
+    try:
+      status = path.stat()
+    except OSError as error:  # say, of a link that leads nowhere
+      raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
     digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
   return digest.hexdigest()[:16]
 
@@ -68,8 +84,8 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
     The name inside the archive and the content. The archive's checksums are verified on the way.
 
   Raises:
-    DataError: if the archive is missing, truncated or damaged, a name leads out of it, or a file is
-      larger than any image would be.
+    DataError: if the archive is missing, truncated or damaged, a name leads out of it, a file is
+      larger than any image would be, or all of them are out of proportion to the archive.
   """
   if not path.is_file():
     raise DataError(f"{path} does not exist: download it, or correct the folder")
@@ -77,9 +93,10 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
   try:
     for name, file in members(path):
       inside = PurePosixPath(name)
-      if inside.is_absolute() or ".." in inside.parts or "\\" in name:
+      odd = "\\" in name or not name.isprintable() or len(name) > _MAX_NAME
+      if odd or inside.is_absolute() or ".." in inside.parts:
         raise DataError(
-          f"{path} holds the unsafe name {name!r}: get the archive from a source you trust"
+          f"{path} holds the unsafe name {name!r:.100}: get the archive from a source you trust"
         )
       hidden = any(part.startswith((".", "__")) for part in inside.parts)
       if hidden or inside.suffix.lower() not in suffixes:
@@ -93,11 +110,22 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
   except (DataError, PermissionError):
     raise
   except _DAMAGE as error:
-    raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
+    reason = " ".join(str(error).split())[:100]
+    raise DataError(f"{path} is truncated or damaged ({reason}): download it again") from error
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+  """By the sizes that are declared, which readers never exceed."""
+  if unpacked > max(2 * _MAX_FILE_BYTES, _MAX_RATIO * path.stat().st_size):
+    raise DataError(
+      f"{path} would unpack to over {_MAX_RATIO} times its size: get the archive from a source you "
+      "trust"
+    )
 
 
 def _zip_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
   with zipfile.ZipFile(path) as archive:
+    _refuse_bomb(path, sum(info.file_size for info in archive.infolist()))
     for info in archive.infolist():
       if info.flag_bits & 1:
         raise DataError(f"{path} is encrypted: download the original")
@@ -110,17 +138,22 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
   opener = gzip.open if path.suffix in (".gz", ".tgz") else open
   with opener(path, "rb") as stream:
     with tarfile.open(fileobj=stream, mode="r:") as archive:
+      unpacked = 0
       for member in archive:
+        if member.size < 0:  # tarfile would go backwards, and round and round
+          raise tarfile.ReadError("a file of negative size")
+        unpacked += member.size
+        _refuse_bomb(path, unpacked)
         file = archive.extractfile(member) if member.isreg() else None
         if file is not None:
           yield member.name, file
         elif not member.isdir():
-          raise DataError(f"{path} holds {member.name}, a link: pack plain files only")
+          raise DataError(f"{path} holds {member.name!r:.100}, a link: pack plain files only")
     # A damaged header looks like the end to tarfile. The true end is zeros up to the last byte, and
     # reading them lets gzip compare its checksum.
     stream.seek(archive.offset)
-    ending = stream.read()
-    if len(ending) < tarfile.BLOCKSIZE or any(ending):
+    ending = stream.read(_MAX_FILE_BYTES)
+    if len(ending) < tarfile.BLOCKSIZE or any(ending) or stream.read(1):
       raise tarfile.ReadError("it ends too early")
 
 
@@ -130,6 +163,8 @@ def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PureP
     inside = PurePosixPath(path.relative_to(folder).as_posix())
     hidden = any(part.startswith(".") for part in inside.parts)
     if path.is_file() and inside.suffix.lower() in suffixes and not hidden:
+      if path.stat().st_size > _MAX_FILE_BYTES:
+        raise DataError(f"{path} is over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image")
       yield inside, path.read_bytes()
 
 
@@ -146,13 +181,15 @@ def decode_image(content: bytes, name: object, *, size: tuple[int, int], mode: s
     DataError: if it is no image, is damaged, or has another size.
   """
   try:
-    with Image.open(io.BytesIO(content)) as image:
-      if image.size != size:
-        raise DataError(
-          f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
-        )
-      return np.asarray(image.convert(mode))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    if isinstance(error, DataError):
-      raise
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of bombs, which the size tells, and of odd metadata
+      with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+        if image.size != size:
+          raise DataError(
+            f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
+          )
+        return np.asarray(image.convert(mode))
+  except DataError:
+    raise
+  except Exception as error:  # decoders raise almost anything on damaged files
     raise DataError(f"{name} is not a readable image: replace it") from error

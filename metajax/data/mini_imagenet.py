@@ -1,13 +1,13 @@
 """mini-ImageNet (Vinyals et al. 2016; Ravi & Larochelle's 64 / 16 / 20 classes), 84x84 RGB."""
 
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from metajax.data.few_shot import Splits, from_arrays
+from metajax.data.few_shot import Classes, Splits, from_arrays
 from metajax.data.files import (
   DataError,
   cache_directory,
@@ -16,6 +16,7 @@ from metajax.data.files import (
   fingerprint,
   read_archive,
   read_folder,
+  unwritable,
 )
 
 _SIZE = 84
@@ -83,6 +84,13 @@ def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
     yield PurePosixPath(*parts), content
 
 
+def _empty_classes(folder: Path) -> list[Path]:
+  """Class folders without an image; in an archive they would not show."""
+  classes = (path for path in sorted(folder.iterdir()) if path.is_dir())
+  visible = (path for path in classes if not path.name.startswith("."))
+  return [path for path in visible if not any(read_folder(path, _SUFFIXES))]
+
+
 def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
   """Decodes everything into a file beside the cache, and moves it into place when it is whole."""
   arrays: dict[str, np.ndarray] = {}
@@ -96,19 +104,27 @@ def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
             f"class {name} is in {split_of[name]} and in {split}: classes of different splits must "
             "be disjoint, so remove it from one"
           )
-  cache.parent.mkdir(parents=True, exist_ok=True)
   beside = cache.with_name(f"{cache.stem}-{os.getpid()}.partial.npz")
   try:
-    np.savez(beside, **arrays)  # type: ignore[arg-type]
-    beside.replace(cache)
-  finally:
-    beside.unlink(missing_ok=True)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      np.savez(beside, **arrays)  # type: ignore[arg-type]
+      beside.replace(cache)
+    finally:
+      beside.unlink(missing_ok=True)
+  except OSError as error:
+    raise unwritable(cache.parent, error) from error
 
 
 def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
   """Images uint8 `[m, 84, 84, 3]`, labels `[m]`, and the classes' names, by label."""
   images: dict[PurePosixPath, np.ndarray] = {}
   for source in paths:
+    empty = _empty_classes(source) if source.is_dir() else []
+    if empty:
+      raise DataError(
+        f"{empty[0]} has no image: add the images of that class, or remove the folder"
+      )
     for name, content in _read(source, split):
       if len(name.parts) != 2:
         raise DataError(
@@ -134,13 +150,14 @@ def _load(cache: Path) -> Splits:
   try:
     # A zip, whose checksums are verified. NumPy leaves a damaged file open that it opened itself.
     with cache.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-      train, validation, test = (
-        from_arrays(file[f"{split}_images"], file[f"{split}_labels"])
-        if f"{split}_images" in file
-        else None
-        for split in _SPLITS
-      )
-  except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+      validation = _split(file, "val") if "val_images" in file else None
+      return Splits(_split(file, "train"), validation, _split(file, "test"))
+  except Exception as error:  # whatever is wrong with it, the way out is the same
     raise DataError(f"the cache {cache} is damaged: delete it, and it is made again") from error
-  assert train is not None and test is not None  # as prepared
-  return Splits(train, validation, test)
+
+
+def _split(file: Any, split: str) -> Classes:
+  images = file[f"{split}_images"]
+  if images.shape[1:] != (_SIZE, _SIZE, 3) or images.dtype != np.uint8:
+    raise ValueError(f"{split} is {images.dtype} {images.shape}")
+  return from_arrays(images, file[f"{split}_labels"])

@@ -4,6 +4,7 @@ Read through TensorFlow Datasets, from its array_record files; TensorFlow itself
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from metajax.data.files import (
   existing_directory,
   fingerprint,
   read_archive,
+  unwritable,
 )
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
@@ -94,16 +96,23 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
     urls = {split: str(path) for split, path in paths.items()}
     home = cache / f"omniglot-{fingerprint(paths.values())}"
 
-  builder = MetajaxOmniglot(
-    urls=urls, read=_read_records, data_dir=home, file_format="array_record"
-  )
+  damaged = DataError(f"the cache {home} is damaged: delete it, and it is made again")
   try:
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+      builder = MetajaxOmniglot(
+        urls=urls, read=_read_records, data_dir=home, file_format="array_record"
+      )
+    except Exception as error:  # of files that it wrote itself
+      raise damaged from error
     builder.download_and_prepare()
   except DataError:
     raise
   except Exception as error:  # whatever went wrong on the way to the web, the way out is the same
+    if isinstance(error, OSError) and (data_dir is not None or not home.is_dir()):
+      raise unwritable(cache, error) from error
     if data_dir is not None:
-      raise
+      raise damaged from error
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise DataError(
       f"Omniglot could not be downloaded ({reason}): get images_background.zip and "
@@ -111,10 +120,12 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
     ) from error
   # Decoders differ in what they make of 1-bit images, so TFDS hands over the files as they are.
   decoders = {"image": tfds.decode.SkipDecoding()}
-  return [
-    _shrink(builder.as_data_source(split=split, decoders=decoders), split, home)
-    for split in ARCHIVES
-  ]
+  try:
+    return [
+      _shrink(builder.as_data_source(split=split, decoders=decoders), split) for split in ARCHIVES
+    ]
+  except Exception as error:  # readers raise almost anything on damaged files
+    raise damaged from error
 
 
 def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,7 +135,7 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
   seen: set[str] = set()
   records = []
   for inside, content in read_archive(path, (".png",)):
-    if len(inside.parts) != 4 or "_" not in inside.stem or not inside.stem.split("_")[0].isdigit():
+    if len(inside.parts) != 4 or not re.fullmatch("[0-9]{4}_[0-9]{2}", inside.stem):
       raise DataError(
         f"{path} holds {inside}, not SET/ALPHABET/characterNN/####_##.png: download {URL}{name}"
       )
@@ -137,11 +148,16 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
     records.append(
       (inside.stem, {"image": content, "alphabet": inside.parts[1], "label": int(label)})
     )
-  if len(drawings) != characters or set(drawings.values()) != {DRAWINGS}:
+  if len(drawings) != characters:
     raise DataError(
-      f"{path} holds {len(drawings)} characters and {len(records)} drawings, not {characters} and "
-      f"{characters * DRAWINGS}: download {URL}{name} again"
+      f"{path} holds {len(drawings)} characters, not {characters}: download {URL}{name} again"
     )
+  for label, count in drawings.items():
+    if count != DRAWINGS:
+      raise DataError(
+        f"{path} holds {count} drawings of character {label}, not {DRAWINGS}: download {URL}{name} "
+        "again"
+      )
   yield from records
 
 
@@ -149,7 +165,7 @@ def _decode(content: bytes, name: object) -> np.ndarray:
   return decode_image(content, name, size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
 
 
-def _shrink(source: Any, split: str, cache: Path) -> np.ndarray:
+def _shrink(source: Any, split: str) -> np.ndarray:
   """28x28 by nearest neighbour, as in the paper's code, by character: uint8 `[c, 20, 28, 28]`."""
   pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
   labels = np.empty(len(source), np.int64)
@@ -157,11 +173,5 @@ def _shrink(source: Any, split: str, cache: Path) -> np.ndarray:
   for row, example in enumerate(source):
     labels[row] = example["label"]
     images[row] = _decode(example["image"], row)[np.ix_(pixels, pixels)]
-  characters = ARCHIVES[split][1]
-  if len(labels) != characters * DRAWINGS:
-    raise DataError(
-      f"{cache} holds {len(labels)} drawings of the {split} split, not {characters * DRAWINGS}: "
-      "delete it, and it is made again"
-    )
   order = np.argsort(labels, kind="stable")
-  return images[order].reshape(characters, DRAWINGS, _SIZE, _SIZE)
+  return images[order].reshape(ARCHIVES[split][1], DRAWINGS, _SIZE, _SIZE)

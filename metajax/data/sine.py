@@ -12,12 +12,22 @@ _LOW, _HIGH = -5.0, 5.0
 
 
 def uniform_points(num_points: int) -> Points:
-  """x ~ U[-5, 5], `[num_points, 1]`: the few samples a learner is given."""
+  """x ~ U[-5, 5], `[num_points, 1]`: the few samples a learner is given.
+
+  Raises:
+    ValueError: if there is no point.
+  """
+  _check(num_points)
   return lambda key: jax.random.uniform(key, (num_points, 1), minval=_LOW, maxval=_HIGH)
 
 
 def grid_points(num_points: int) -> Points:
-  """Equally spaced x from -5 to 5, `[num_points, 1]`: the integral of the error as a mean."""
+  """Equally spaced x from -5 to 5, `[num_points, 1]`: the integral of the error as a mean.
+
+  Raises:
+    ValueError: if there is no point.
+  """
+  _check(num_points)
   return lambda key: jnp.linspace(_LOW, _HIGH, num_points)[:, None]
 
 
@@ -44,3 +54,8 @@ def sample_task(
     return Task(wave(train_points(train_key)), wave(test_points(test_key)))
 
   return sample
+
+
+def _check(num_points: int) -> None:
+  if num_points < 1:
+    raise ValueError(f"num_points must be at least 1, not {num_points}")
