@@ -344,7 +344,7 @@ def train(
     if found is not None:
       state, seconds = found.state, found.extra["seconds"]
     step = last_saved = int(state.step)
-    folder.truncate(step if found is not None else -1)
+    folder.keep(lambda record: found is not None and record["step"] <= step)
     if found is None:
       record = {"step": 0, "seconds": 0.0, **evaluate(state)}
       folder.append(record)

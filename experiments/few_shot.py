@@ -426,10 +426,9 @@ def prepare(
   splits = common.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
   conditions = [folders.describe(splits)]
-  if settings.execution == "sharded":
-    conditions.append(f"inner states: {-(-settings.meta_batch // mesh.size) * mesh.size}")
-  if settings.execution == "sharded_serial":
-    conditions.append(f"inner states: {mesh.size}")
+  if settings.execution in _SPREAD:
+    each = -(-settings.meta_batch // mesh.size) if settings.execution == "sharded" else 1
+    conditions.append(f"inner states: {each * mesh.size}")
   folder.begin(*conditions)
   return experiment, folder
 
@@ -450,8 +449,8 @@ def run(
     state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
   ) -> dict[str, Any]:
     """Accuracy on each task, by cell; with a log, what is in it is not computed again."""
-    inner_state, parts = experiment.inner_state(state), folder.records(log) if log else []
-    done = {(part["shots"], part["first"]): part["accuracy"] for part in parts}
+    inner_state, logged = experiment.inner_state(state), folder.keep(name=log) if log else []
+    done = {(part["shots"], part["first"]): part["accuracy"] for part in logged}
     values = {}
     for shots, judge in experiment.judges[split].items():
       columns: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,11 +90,14 @@ class RunFolder:
     """The lines of a file of records."""
     return read_records(self.path, name)
 
-  def truncate(self, step: int) -> None:
-    """Forgets the records after a step."""
-    kept = [record for record in self.records() if record["step"] <= step]
+  def keep(
+    self, counts: Callable[[Record], bool] = lambda record: True, name: str = METRICS
+  ) -> list[Record]:
+    """Forgets the lines that do not count, and one that is torn; returns the others."""
+    kept = [record for record in self.records(name) if counts(record)]
     if writes():
-      replace_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+      replace_file(self.path / name, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
   def append(self, record: Record, name: str = METRICS) -> None:
     """Adds a line, whole or not at all."""

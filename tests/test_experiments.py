@@ -208,6 +208,10 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
       folder.append({"step": 1})
   folder.append({"step": 2})
   assert [record["step"] for record in folder.records()] == [0, 2]
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 3, "sec')  # cut off by a power failure
+  assert folder.keep(lambda record: record["step"] > 0) == [{"step": 2}]
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
 
 @pytest.mark.parametrize(

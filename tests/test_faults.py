@@ -53,7 +53,8 @@ def finish(process, timeout=600):
   """Exit code, standard output, and the lines of standard error that are no progress bars."""
   out, err = process.communicate(timeout=timeout)
   lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-  said = [line for line in lines if not re.search(r"\d+%\|", line) and "Gloo" not in line]
+  said = [line for line in lines if not re.search(r"\d+%\|", line)]
+  out = re.sub(r"\[Gloo\].*\n", "", out)  # its greetings
   return process.returncode, out, said
 
 
@@ -61,8 +62,11 @@ def content(out):
   """All that a run leaves, without times: parameters, metrics, results, tasks."""
   timeless = lambda record: {name: v for name, v in record.items() if "second" not in name}
   step = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
-  with ocp.StandardCheckpointer() as reader:
-    state = reader.restore(out / "checkpoints" / str(step) / "state")
+  path = out / "checkpoints" / str(step) / "state"
+  with ocp.PyTreeCheckpointer() as reader:  # as arrays of NumPy, wherever they were spread
+    tree = reader.metadata(path).item_metadata.tree
+    numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    state = reader.restore(path, ocp.args.PyTreeRestore(restore_args=numpy))
   leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
   metrics = [timeless(record) for record in folders.read_records(out)]
   result = timeless(json.loads((out / "result.json").read_text()))
