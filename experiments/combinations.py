@@ -119,8 +119,8 @@ def _logs(by_curve: dict[str, list[SimpleNamespace]]) -> Logs:
 def draw(settings: SimpleNamespace, logs: Logs) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
   cell = f"{settings.eval_shots[0]}-shot transductive"
-  with reports.drawing(Path(settings.out, "figure3"), figsize=(9.0, 4.8)) as figure:
-    axes = figure.subplots()
+  with reports.drawing(Path(settings.out, "figure3"), figsize=(12.0, 4.8)) as figure:
+    whole, upper = figure.subplots(1, 2)
     for name in (name for name in CURVES if name in logs):
       records = logs[name]
       label, weights = CURVES[name]
@@ -128,13 +128,17 @@ def draw(settings: SimpleNamespace, logs: Logs) -> None:
       mean, band = _smooth(mean), _smooth(band)
       style = {"m": ":", "s": "-", "l": "--", "g": "-"}[name[0]]
       color = f"C{len(weights) - 1}"
-      axes.plot(steps, mean, style, color=color, label=label)
-      axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, lw=0)
-    axes.set(xlabel="meta-steps", ylabel="accuracy on test tasks (%)")
-    axes.grid(alpha=0.3)
+      for axes in (whole, upper):
+        axes.plot(steps, mean, style, color=color, label=label)
+        axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, lw=0)
+    whole.set(xlabel="meta-steps", ylabel="accuracy on test tasks (%)", ylim=(0, 100))
+    upper.set(xlabel="meta-steps", title="the same above 80 %", ylim=(80, 100))
+    for axes in (whole, upper):
+      axes.grid(alpha=0.3)
     seeds = min(map(len, logs.values()))
     title = f"{cell},\nrunning mean of 5 points;\n{reports.band_title(seeds)}"
-    figure.legend(title=title, fontsize=8, title_fontsize=8, loc="outside right center")
+    lines = whole.get_legend_handles_labels()
+    figure.legend(*lines, title=title, fontsize=8, title_fontsize=8, loc="outside right center")
 
 
 def _smooth(values: np.ndarray, reach: int = 2) -> np.ndarray:

@@ -185,16 +185,18 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
   mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
   if subprocess.run(mount, capture_output=True).returncode:
     pytest.skip("a small file system cannot be mounted here")
+  out = small / "run"
+  process = start(cache, out)
   try:
-    out = small / "run"
-    process = start(cache, out)
     while not (out / "checkpoints" / "40").exists():
       assert process.poll() is None
       time.sleep(0.001)
-    with (small / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
+    with (
+      pytest.raises(OSError, match="No space"),
+      (small / "filler").open("wb", buffering=0) as filler,
+    ):
       while True:
         filler.write(bytes(4096))
-        filler.flush()
     code, _, said = finish(process)
     assert code == 1
     assert said[-1].startswith("few_shot: ") and len(said) == 1
@@ -206,6 +208,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
     assert code == 0 and "going on from meta-step" in text
     assert content(out) == whole[0]
   finally:
+    process.kill()
     subprocess.run(["umount", str(small)], check=True)
 
 
