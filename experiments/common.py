@@ -222,7 +222,14 @@ def stopping() -> bool:
   asked = _STOPPING.is_set()
   if jax.process_count() == 1:
     return asked
-  return bool(multihost_utils.process_allgather(np.array(asked)).any())
+  by_device = jax.NamedSharding(metajax.task_mesh(), jax.P("tasks"))
+  each = jax.make_array_from_callback(
+    (jax.device_count(),), by_device, lambda index: np.array([asked])
+  )
+  return bool(jax.block_until_ready(_any(each)))
+
+
+_any = jax.jit(jnp.any)
 
 
 def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:

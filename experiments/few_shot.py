@@ -444,12 +444,16 @@ def run(
   init_key, train_key, curve_key, test_key = common.on_mesh(tuple(keys), experiment.mesh)
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  everywhere = jax.NamedSharding(experiment.mesh, jax.P())
+  inner_state_of = jax.jit(experiment.inner_state, out_shardings=everywhere)
 
   def judge(
     state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
   ) -> dict[str, Any]:
     """Accuracy on each task, by cell; with a log, what is in it is not computed again."""
-    inner_state, logged = experiment.inner_state(state), folder.keep(name=log) if log else []
+    # Programs that communicate run one at a time: two processes may take several in other orders.
+    inner_state = jax.block_until_ready(inner_state_of(state))
+    logged = folder.keep(name=log) if log else []
     done = {(part["shots"], part["first"]): part["accuracy"] for part in logged}
     values = {}
     for shots, judge in experiment.judges[split].items():
@@ -465,7 +469,8 @@ def run(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"
               )
-            found = jax.device_get(judge(state.params, inner_state, key, np.int32(first)))
+            found = judge(state.params, inner_state, key, np.int32(first))
+            found = jax.device_get(jax.block_until_ready(found))
             part = {protocol: column.tolist() for protocol, column in found.items()}
             if log:
               folder.append({"shots": shots, "first": first, "accuracy": part}, log)

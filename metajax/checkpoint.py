@@ -151,11 +151,12 @@ def _copied(state: MetaState) -> MetaState:
 
 def _checksums(state: MetaState) -> list[int]:
   """A number a leaf that is another one if any byte of the leaf is."""
-  return [int(number) for number in jax.device_get(_byte_sums(state))]
+  sums = jax.block_until_ready(_byte_sums(state))  # before another program communicates
+  return [int(number) for number in jax.device_get(sums)]
 
 
 @jax.jit
-def _byte_sums(state: MetaState) -> list[jax.Array]:
+def _byte_sums(state: MetaState) -> jax.Array:
   def of_leaf(leaf: jax.Array) -> jax.Array:
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
@@ -166,4 +167,4 @@ def _byte_sums(state: MetaState) -> list[jax.Array]:
     # Odd factors: a change of one byte can not vanish modulo 2^32.
     return jnp.sum(content * (2 * place + 1), dtype=jnp.uint32)
 
-  return [of_leaf(leaf) for leaf in jax.tree.leaves(state)]
+  return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(state)])

@@ -289,7 +289,10 @@ def map_tasks(
 
 
 def first_slot(inner_state: InnerState) -> InnerState:
-  """One of the inner states that `batched` keeps, to start an evaluation from."""
+  """One of the inner states that `batched` keeps, to start an evaluation from.
+
+  Where the slots are spread over processes, call it inside a compiled program.
+  """
   return jax.tree.map(lambda leaf: leaf[0], inner_state)
 
 
