@@ -1,6 +1,7 @@
 """What the experiment binaries share: flags, the loop that trains and judges, runs side by side."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -104,37 +105,56 @@ def main(
   jax.config.update("jax_compilation_cache_dir", str(metajax.data.cache_directory() / "compiled"))
   try:
     join(settings)
+    if not folders.writes():
+      _silence(1)  # one process speaks
     run = _checked(name, settings, prepare)
   except (ValueError, OSError) as error:
-    sys.exit(f"{name}: {error}")
+    _end(f"{name}: {error}", 1)
   caught: list[int] = []
 
   def stop(number: int, _: Any) -> None:
     caught.append(number)
     if len(caught) > 1:  # asked again
       os._exit(128 + number)
-    print("\nstopping; once more to stop at once and lose what is not saved", file=sys.stderr)
     _STOPPING.set()
+    try:
+      print("\nstopping; once more to stop at once and lose what is not saved", file=sys.stderr)
+    except OSError:  # the same Ctrl-C ended what this is piped into
+      _silence(1, 2)
 
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
   try:
     with nullcontext() if settings.plot_only else folders.alone(settings.out):
       run()
-  except (ValueError, OSError, StoppedError, DivergedError) as error:
+  except (StoppedError, DivergedError) as error:  # in all processes together
     print(f"{name}: {error}", file=sys.stderr)
     sys.exit(128 + caught[0] if caught else 1)
+  except (ValueError, OSError) as error:
+    _end(f"{name}: {error}", 1)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    # Another process is gone: to end in good order, this one would wait for it.
-    print(
-      f"{name}: process {jax.process_index()} lost another one ({str(error).splitlines()[0]}): "
-      "start them all again with the same command",
-      file=sys.stderr,
-      flush=True,
+    _end(
+      f"{name}: process {jax.process_index()} ended, perhaps since another one did: start all "
+      f"again with the same command ({str(error).splitlines()[0]})",
+      1,
     )
-    os._exit(1)
+
+
+def _silence(*streams: int) -> None:
+  """What is written to these goes nowhere from now on, 1 being the output and 2 the errors."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  for stream in streams:
+    os.dup2(nowhere, stream)
+
+
+def _end(message: str, code: int) -> NoReturn:
+  """Ends this process; to end in good order, one of several would wait for the others."""
+  print(message, file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized():
+    os._exit(code)
+  sys.exit(code)
 
 
 def join(settings: SimpleNamespace) -> None:
@@ -147,18 +167,29 @@ def join(settings: SimpleNamespace) -> None:
   given = [getattr(settings, name) for name in names]
   if all(value is None for value in given):
     if settings.distributed:
-      jax.distributed.initialize()
+      _initialize()
     return
   address, number, this = given
   if settings.distributed or address is None or number is None or this is None:
     raise ValueError(
       "--coordinator_address, --num_processes and --process_id go together, without --distributed"
     )
-  if ":" not in address:
+  if not re.fullmatch(r".+:\d+", address):
     raise ValueError(f"--coordinator_address={address} must be HOST:PORT")
   if not 0 <= this < number:
     raise ValueError(f"--process_id={this} must be from 0 to --num_processes={number} less 1")
-  jax.distributed.initialize(address, number, this)
+  _initialize(address, number, this)
+
+
+def _initialize(*arguments: Any) -> None:
+  try:
+    jax.distributed.initialize(*arguments)
+  except RuntimeError as error:
+    why = str(error).splitlines()[0]
+    raise ValueError(
+      f"the processes do not find each other ({why}): see that the coordinator's address is right "
+      "and its port free"
+    ) from error
 
 
 def _checked(
@@ -171,8 +202,8 @@ def _checked(
     raise ValueError("processes that share a run need the same --out, in a folder that all see")
   if settings.out is not None or not settings.plot_only:
     settings.out = folders.folder_name(name, settings)
-  path, aside = Path(settings.out or ""), None
-  if settings.fresh and folders.writes() and path.exists():
+  path, aside = Path(settings.out or "").absolute(), None
+  if settings.fresh and not settings.plot_only and folders.writes() and path.exists():
     aside = folders.set_aside(path)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("earlier run put aside")
@@ -251,7 +282,7 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
     mesh = free.get()
     try:
       if _STOPPING.is_set():
-        raise StoppedError("another run failed")
+        raise StoppedError("stopped before a run began: the same command goes on")
       with jax.default_device(mesh.devices.flat[0]):
         return job(mesh)
     except BaseException as error:
@@ -355,9 +386,9 @@ def train(
     if found is None:
       record = {"step": 0, "seconds": 0.0, **evaluate(state)}
       folder.append(record)
-      say(f"{label}: {summary(record)}")
+      tqdm.write(f"{label}: {summary(record)}")
     else:
-      say(f"going on from meta-step {step} of {folder.path}")
+      tqdm.write(f"going on from meta-step {step} of {folder.path}")
 
     programs: dict[int, Callable[..., Any]] = {}  # by number of steps
     with progress(total=meta_steps, initial=step, unit="step", desc=label, mesh=mesh) as bar:
@@ -396,9 +427,13 @@ def train(
           folder.append(record)
           saved.save(state, {"seconds": seconds}, score=score(record))
           last_saved = step
-          say(f"{label}: {summary(record)}")
-  finally:
+          tqdm.write(f"{label}: {summary(record)}")
+  except jax.errors.JaxRuntimeError:
+    raise  # to close would wait for a process that may be lost
+  except BaseException:
     saved.close()
+    raise
+  saved.close()
   return state, seconds
 
 
@@ -411,12 +446,6 @@ def _checking_parameters(run: Callable[..., Any]) -> Callable[..., Any]:
     return state, infos, jnp.stack(finite).all()
 
   return checked
-
-
-def say(line: str) -> None:
-  """Prints a line above the progress bars; of several processes, one does."""
-  if folders.writes():
-    tqdm.write(line)
 
 
 def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:

@@ -3,9 +3,9 @@
   python -m experiments.few_shot
   python -m experiments.few_shot --flagfile=experiments/flags/omniglot_5way_reptile.flags
 
-The run folder (--out) gets flags.txt, metrics.jsonl, result.json, learning_curve.png and
-checkpoints; the same command with the same --out goes on where it stopped. With --seeds each run
-has a folder of its own inside.
+The run folder (--out) gets flags.txt, metrics.jsonl, test_tasks.jsonl, result.json,
+learning_curve.png and checkpoints; the same command with the same --out goes on where it stopped.
+With --seeds each run has a folder of its own inside.
 """
 
 import math
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from tqdm import tqdm
 
 import metajax
 from experiments import common, folders, reports
@@ -118,6 +119,7 @@ PLAIN_SGD: dict[str, Any] = {
   "curve_splits": ["test"],
 }
 
+_TEST_TASKS = "test_tasks.jsonl"
 _SPREAD = ("sharded", "sharded_serial")  # executions
 
 _AT_LEAST_ONE = (
@@ -314,12 +316,7 @@ def build(
     gradient = metajax.serial(gradient)
     inner_state = lambda state: state.inner
   elif settings.execution == "sharded_serial":
-    if settings.meta_batch % mesh.size:
-      raise ValueError(
-        f"--execution=sharded_serial needs a --meta_batch that is a multiple of the {mesh.size} "
-        f"devices, not {settings.meta_batch}"
-      )
-    gradient = metajax.per_device(metajax.serial(gradient), mesh)
+    gradient = metajax.per_device(metajax.serial(gradient), settings.meta_batch, mesh)
     inner_state = lambda state: metajax.first_slot(state.inner)
   elif settings.execution == "sharded":
     gradient = metajax.sharded(gradient, settings.meta_batch, mesh, chunk=settings.chunk)
@@ -481,6 +478,13 @@ def run(
         values[f"{shots} {protocol}"] = np.array(column[:num_tasks])
     return values
 
+  def record(state: metajax.MetaState) -> dict[str, Any]:
+    folder.keep(lambda line: False, _TEST_TASKS)  # they are of a later state, or of this one anew
+    return {
+      split: reports.with_intervals(judge(state, curve_key, split, settings.curve_tasks))
+      for split in settings.curve_splits
+    }
+
   state, seconds = common.train(
     experiment.learner,
     experiment.sample_episodes,
@@ -489,17 +493,14 @@ def run(
     meta_steps=settings.meta_steps,
     eval_every=settings.eval_every,
     steps_per_call=settings.steps_per_call,
-    evaluate=lambda state: {
-      split: reports.with_intervals(judge(state, curve_key, split, settings.curve_tasks))
-      for split in settings.curve_splits
-    },
+    evaluate=record,
     summary=reports.learning_curve_summary,
     score=reports.learning_curve_score,
     folder=folder,
     mesh=experiment.mesh,
     label=label,
   )
-  values = judge(state, test_key, "test", settings.eval_tasks, log="test_tasks.jsonl")
+  values = judge(state, test_key, "test", settings.eval_tasks, log=_TEST_TASKS)
   cells = reports.with_intervals(values)
   for name, cell in cells.items():
     cell["tasks"] = settings.eval_tasks
@@ -513,19 +514,18 @@ def run(
     "parameters": parameters,
     "versions": folders.versions(),
   }
-  if folders.writes():
-    reports.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
+  reports.draw_learning_curve([folder.records()], folder.path / "learning_curve.png")
   folder.finish(result)
   return result
 
 
 def check_all(many: Sequence[SimpleNamespace]) -> None:
   """Raises what is wrong with any of several runs, by the first's data, before one is trained."""
-  mesh = metajax.task_mesh(jax.devices()[:1])
   splits = load(many[0])
   for settings in many:
     check(settings)
     folders.open_folder(settings)
+    mesh = metajax.task_mesh(None if settings.execution in _SPREAD else jax.devices()[:1])
     build(settings, splits, mesh)
 
 
@@ -553,7 +553,7 @@ def run_all(
       ]
       result = {"cells": dict.fromkeys(cells, guess), "diverged": str(error)}
       folder.finish(result)
-      common.say(f"{label}: {error}; it counts as guessing")
+      tqdm.write(f"{label}: {error}; it counts as guessing")
       return result
 
   if any(settings.execution in _SPREAD for _, settings in many):
@@ -598,8 +598,6 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
 
 def report(settings: SimpleNamespace, result: dict[str, Any]) -> None:
   """Prints a result."""
-  if not folders.writes():
-    return
   print(
     f"{settings.dataset}, {settings.ways}-way, {settings.algorithm}: "
     f"accuracy over {settings.eval_tasks} test tasks, with its 95 % interval"

@@ -149,7 +149,7 @@ def _parsed(path: Path, text: str) -> Record:
   try:
     return json.loads(text)
   except ValueError as error:
-    raise ValueError(f"{path} is damaged: delete it, and run the same command again") from error
+    raise ValueError(f"{path} is damaged: mend it, or start over with --fresh") from error
 
 
 def logged(out: str | os.PathLike) -> list[Record]:
@@ -207,10 +207,11 @@ def open_folder(settings: SimpleNamespace) -> RunFolder:
 
 @contextmanager
 def alone(out: str | os.PathLike) -> Iterator[None]:
-  """While one process writes in a folder, no other may. A killed one leaves no lock behind.
+  """While one process writes in a folder, no other may, where the file system has such locks (NFS
+  has not). A killed process leaves no lock behind.
 
   Raises:
-    InUseError: if another does.
+    InUseError: if another process does.
   """
   if fcntl is None or not writes():
     yield

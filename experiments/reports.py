@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import metajax
-from experiments.folders import Record
+from experiments.folders import Record, writes
 
 _DRAWING = threading.Lock()  # pyplot is one for all threads
 
@@ -136,6 +136,8 @@ def drawing(path: Path, **options: Any) -> Iterator[plt.Figure]:
     figure = plt.figure(layout="constrained", **options)
     try:
       yield figure
+      if not writes():
+        return
       for suffix in [path.suffix] if path.suffix else [".png", ".svg"]:
         figure.savefig(path.with_suffix(suffix), dpi=150)
     finally:

@@ -1,16 +1,23 @@
 """Saving and restoring a run. The only module that knows Orbax."""
 
+import json
 import math
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+  PolicyCheckpointInfo,
+  PreservationContext,
+  PreservationPolicy,
+)
 
 from metajax.meta import MetaState
 
@@ -37,8 +44,8 @@ class Checkpoints(NamedTuple):
       that JSON holds; a checkpoint without a score is never the best. Raises OSError if this or
       the last one cannot be written.
     restore: `MetaState -> Saved | None`, the newest one, given a state of the same structure,
-      shapes and places; None if there is none. A damaged one is passed over with a warning, and
-      removed if one before it is whole; ValueError if all are damaged.
+      shapes and places; None if there is none. A damaged one is passed over with a warning; the
+      next save removes it. ValueError if all are damaged.
     best: the same for the one with the highest score, which need not be among the newest.
     close: waits until all is written and releases the folder. Raises OSError as `save` does.
   """
@@ -52,6 +59,8 @@ class Checkpoints(NamedTuple):
 def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   """Opens a folder of checkpoints, making it if need be; all processes of a run do so together.
 
+  Nothing in it is changed before the first save, so that one may look while a run goes on.
+
   Args:
     folder: where they are, or will be.
     keep: how many of the newest to keep, besides the best.
@@ -61,28 +70,55 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   """
   if keep < 1:
     raise ValueError(f"keep must be at least 1, not {keep}")
-  score_of = lambda metrics: metrics["score"]
-  highest = BestN(get_metric_fn=score_of, n=1, keep_checkpoints_without_metrics=False)
-  options = ocp.CheckpointManagerOptions(
-    best_fn=score_of,
-    preservation_policy=AnyPreservationPolicy([LatestN(keep), highest]),
-    cleanup_tmp_directories=True,
-  )
-  folder = Path(folder).absolute()
+  folder, scores = Path(folder).absolute(), dict[int, float]()
+  options = ocp.CheckpointManagerOptions(preservation_policy=_NewestAndBest(keep, scores))
   manager = ocp.CheckpointManager(folder, options=options)
+  damaged: dict[int, str] = {}
+  saving = False
+
+  def content(step: int) -> dict[str, Any]:
+    found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))
+    text, checksum = found["content"]["text"], found["content"]["crc32"]
+    if zlib.crc32(text.encode()) != checksum:
+      raise ValueError("what is beside its numbers is not what was saved")
+    return json.loads(text)
+
+  for step in manager.all_steps():
+    try:
+      score = content(step)["score"]
+    except Exception:  # whatever a reader makes of a damaged file; `restore` will say so
+      continue
+    if score is not None:
+      scores[step] = score
+
+  def clean() -> None:
+    """Removes what an earlier process was writing when it ended, and what is damaged."""
+    if jax.process_index() == 0:
+      for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for step in damaged:
+      manager.delete(step)
+    damaged.clear()
 
   def save(
     state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
   ) -> None:
+    nonlocal saving
     step, copy = int(state.step), _copied(state)
-    content = {"checksums": _checksums(state), "extra": extra or {}}
+    score = score if score is not None and math.isfinite(score) else None
+    text = json.dumps({"checksums": _checksums(state), "extra": extra or {}, "score": score})
+    beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:
+      if not saving:
+        clean()
+        saving = True
+      if score is not None:
+        scores[step] = score
       manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(copy), content=ocp.args.JsonSave(content)
+          state=ocp.args.StandardSave(copy), content=ocp.args.JsonSave(beside)
         ),
-        metrics=None if score is None or not math.isfinite(score) else {"score": score},
         force=True,
       )
     except Exception as error:
@@ -90,30 +126,35 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
 
   def load(step: int, like: MetaState) -> Saved:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(shapes), content=ocp.args.JsonRestore()
-      ),
-    )
-    if _checksums(found["state"]) != found["content"]["checksums"]:
+    beside = content(step)
+    found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
+      "state"
+    ]
+    if _checksums(found) != beside["checksums"]:
       raise ValueError("its numbers are not those that were saved")
-    return Saved(found["state"], found["content"]["extra"])
+    return Saved(found, beside["extra"])
 
   def first_whole(steps: Iterable[int], like: MetaState) -> Saved | None:
-    damaged: dict[int, str] = {}
+    passed: dict[int, str] = {}
     for step in steps:
       try:
         found = load(step, like)
-      except Exception as error:  # whatever a reader makes of a damaged file
-        damaged[step] = _first_line(error)
+      except Exception as error:
+        passed[step] = _first_line(error)
+        if (
+          jax.process_count() > 1
+        ):  # the others may have read it: they would go on without this one
+          raise ValueError(
+            f"process {jax.process_index()} cannot restore checkpoint {step} of {folder} "
+            f"({passed[step]}): remove it, and start all processes again"
+          ) from error
         continue
-      for other, why in damaged.items():
-        warnings.warn(f"checkpoint {other} of {folder} is damaged and removed: {why}", stacklevel=3)
-        manager.delete(other)
+      for other, why in passed.items():
+        warnings.warn(f"checkpoint {other} of {folder} is damaged: {why}", stacklevel=3)
+      damaged.update(passed)
       return found
-    if damaged:
-      why = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+    if passed:
+      why = "; ".join(f"{step}: {why}" for step, why in passed.items())
       raise ValueError(f"no checkpoint of {folder} can be restored ({why})")
     return None
 
@@ -121,8 +162,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     return first_whole(sorted(manager.all_steps(), reverse=True), like)
 
   def best(like: MetaState) -> Saved | None:
-    step = manager.best_step()
-    return None if step is None else first_whole([step], like)
+    there = set(manager.all_steps()) & set(scores)
+    return first_whole(sorted(there, key=scores.__getitem__, reverse=True), like)
 
   def close() -> None:
     try:
@@ -133,6 +174,22 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       manager.close()
 
   return Checkpoints(save, restore, best, close)
+
+
+class _NewestAndBest(PreservationPolicy):
+  """Which checkpoints stay: the newest, and of those with a score the highest."""
+
+  def __init__(self, keep: int, scores: dict[int, float]) -> None:
+    self._keep = keep
+    self._scores = scores
+
+  def should_preserve(
+    self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+  ) -> Sequence[bool]:
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    scored = [step for step in steps if step in self._scores]
+    stay = {*steps[-self._keep :], max(scored, key=self._scores.__getitem__, default=None)}
+    return [step in stay for step in steps]
 
 
 def _unwritten(folder: Path, error: Exception) -> OSError:
@@ -158,6 +215,8 @@ def _checksums(state: MetaState) -> list[int]:
 @jax.jit
 def _byte_sums(state: MetaState) -> jax.Array:
   def of_leaf(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
     place, stride = jnp.zeros((), jnp.uint32), 1

@@ -43,7 +43,8 @@ def sample_episodes(
     make_episode: `(key, Task) -> Episode`.
     num_tasks: `T`, the meta-batch.
     mesh: of `sharded`: each device then draws the tasks of its own slots and no others. If the
-      devices do not divide `T`, the leaves are `[slots, ...]`, the last task repeated.
+      devices do not divide `T`, the leaves are `[slots, ...]`, the last task repeated: of use to
+      `sharded` alone, which does not count them.
 
   Raises:
     ValueError: if `num_tasks` is below 1, or the mesh has more than one axis.
@@ -196,21 +197,26 @@ def sharded(
   return MetaGradient(init, estimate)
 
 
-def per_device(meta_gradient: MetaGradient, mesh: Mesh | None = None) -> MetaGradient:
+def per_device(
+  meta_gradient: MetaGradient, num_tasks: int, mesh: Mesh | None = None
+) -> MetaGradient:
   """What `meta_gradient` makes of each device's share of the tasks, averaged over the devices.
 
-  `per_device(serial(one))` is the paper's handling on each device: its tasks in turn, one inner
+  `per_device(serial(one), T)` is the paper's handling on each device: its tasks in turn, one inner
   state handed along. The inner states, `[devices, ...]`, stay where they are. With `serial` the
   result depends on the number of devices; `sharded` is the one that does not.
 
   Args:
     meta_gradient: an estimator for a meta-batch.
+    num_tasks: `T`, the meta-batch.
     mesh: of one axis; by default `task_mesh()`, all devices. They must divide `T`.
 
   Raises:
     ValueError: if the mesh has more than one axis, or its devices do not divide `T`.
   """
   mesh, by_device = _mesh_and_spec(mesh)
+  if num_tasks < 1 or num_tasks % mesh.size:
+    raise ValueError(f"{mesh.size} devices do not divide {num_tasks} tasks: change the meta-batch")
   everywhere = PartitionSpec()
 
   def init(params: Params) -> InnerState:
@@ -235,11 +241,8 @@ def per_device(meta_gradient: MetaGradient, mesh: Mesh | None = None) -> MetaGra
   def estimate(
     params: Params, inner_state: InnerState, episodes: Episode
   ) -> tuple[Params, InnerState, Info]:
-    num_tasks = num_examples(episodes)
-    if num_tasks % mesh.size:
-      raise ValueError(
-        f"{mesh.size} devices do not divide {num_tasks} tasks: change the meta-batch"
-      )
+    _check_axis("the inner state", inner_state, mesh.size)
+    _check_axis("episodes", episodes, num_tasks)
     return all_devices(params, inner_state, episodes)
 
   return MetaGradient(init, estimate)

@@ -99,33 +99,47 @@ def whole(cache, tmp_path_factory):
   return content(second), seconds
 
 
-def saving(out):
-  return any("tmp" in path.name for path in (out / "checkpoints").glob("*"))
+def lines(name):
+  return lambda out: (out / name).stat().st_size if (out / name).exists() else 0
 
 
-# What to wait for, and the part of the run's time by which to kill after that.
+def unfinished(out):
+  return {path.name for path in (out / "checkpoints").glob("*tmp*")}
+
+
+# What must have changed since the start, and the part of the run's time by which to kill after that.
 MOMENTS = {
-  "compiling": (lambda out: (out / "flags.txt").exists(), 0.2),
-  "training": (lambda out: (out / "metrics.jsonl").exists(), 0.2),
-  "judging": (lambda out: (out / "test_tasks.jsonl").exists(), 0.05),
-  "saving": (saving, 0.002),
+  "compiling": (
+    lambda out: (out / "flags.txt").exists() and (out / "flags.txt").stat().st_mtime,
+    0.2,
+  ),
+  "training": (lines("metrics.jsonl"), 0.1),
+  "judging": (lines("test_tasks.jsonl"), 0.02),
+  "saving": (unfinished, 0.002),
 }
+
+
+def wait_for(moment, process, out, before, seconds=300):
+  """Until what the moment is told by is another than before, and is there."""
+  began = time.monotonic()
+  while (now := moment(out)) == before or not now:
+    assert process.poll() is None and time.monotonic() - began < seconds
+    time.sleep(0.0005)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_five_times_ends_as_if_it_had_not_been(moment, cache, whole, tmp_path):
   expected, seconds = whole
-  came, part = MOMENTS[moment]
-  chance, out, kills = random.Random(moment), tmp_path / "run", 0
+  tell, part = MOMENTS[moment]
+  chance, out = random.Random(moment), tmp_path / "run"
   for _ in range(5):
+    before = tell(out)
     process = start(cache, out)
-    while process.poll() is None and not came(out):
-      time.sleep(0.001)
+    wait_for(tell, process, out, before)
     time.sleep(chance.uniform(0, part * seconds))
     process.kill()
-    kills += finish(process)[0] == -signal.SIGKILL
+    assert finish(process)[0] == -signal.SIGKILL
     check_lines(out)
-  assert kills == 5
   assert finish(start(cache, out))[0] == 0
   check_lines(out)
   assert content(out) == expected
@@ -138,8 +152,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 ):
   out = tmp_path / "run"
   process = start(cache, out)
-  while not MOMENTS[moment][0](out):
-    time.sleep(0.001)
+  wait_for(MOMENTS[moment][0], process, out, None)
   process.send_signal(number)
   code, _, said = finish(process)
   assert code == 128 + number
@@ -157,8 +170,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damage, cache, whole, tmp_path):
   out = tmp_path / "run"
   process = start(cache, out)
-  while len(folders.read_records(out)) < 6:
-    time.sleep(0.01)
+  wait_for(lambda out: len(folders.read_records(out)) >= 6, process, out, False)
   process.kill()
   finish(process)
   saved = sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
@@ -188,9 +200,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_space(
   out = small / "run"
   process = start(cache, out)
   try:
-    while not (out / "checkpoints" / "40").exists():
-      assert process.poll() is None
-      time.sleep(0.001)
+    wait_for(lambda out: (out / "checkpoints" / "40").exists(), process, out, False)
     with (
       pytest.raises(OSError, match="No space"),
       (small / "filler").open("wb", buffering=0) as filler,
@@ -227,6 +237,30 @@ def start_all(cache, out, number, *flags):
   ]
 
 
+def test_ctrl_c_saves_though_the_pipe_is_gone(cache, whole, tmp_path):
+  """As in `few_shot 2>&1 | tee log`, where the same Ctrl-C ends tee."""
+  out = tmp_path / "run"
+  process = start(cache, out)
+  wait_for(lambda out: (out / "checkpoints" / "20").exists(), process, out, False)
+  process.stdout.close()
+  process.stderr.close()
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=300) == 128 + signal.SIGINT
+  code, text, _ = finish(start(cache, out))
+  assert code == 0 and "going on from meta-step" in text
+  assert content(out) == whole[0]
+
+
+def test_what_is_wrong_with_one_process_ends_all(cache, tmp_path):
+  """Another run holds the folder's lock, which the first process alone asks for."""
+  out = tmp_path / "run"
+  out.mkdir()
+  with folders.alone(out):
+    ended = [finish(one, timeout=300) for one in start_all(cache, out, 2)]
+  assert all(code != 0 for code, _, _ in ended)
+  assert any("another process is writing in" in line for line in ended[0][2])
+
+
 def test_two_and_four_processes_end_as_one_does(cache, tmp_path):
   """SGD inside, so that rounding stays rounding: the devices add in another order."""
   sgd = ("--inner_optimizer=sgd", "--inner_rate=0.01")
@@ -252,9 +286,7 @@ def test_if_one_of_two_processes_is_killed_the_other_ends_and_both_resume(victim
   assert [finish(one)[0] for one in start_all(cache, expected, 2)] == [0, 0]
   out = tmp_path / "run"
   both = start_all(cache, out, 2)
-  while not (out / "checkpoints" / "20").exists():
-    assert both[0].poll() is None
-    time.sleep(0.001)
+  wait_for(lambda out: (out / "checkpoints" / "20").exists(), both[0], out, False)
   both[victim].kill()
   began = time.monotonic()
   code, _, said = finish(both[1 - victim], timeout=200)

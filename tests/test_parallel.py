@@ -100,7 +100,7 @@ def test_a_meta_step_sends_the_gradient_and_the_losses_once_and_nothing_else(num
     gradient = metajax.sharded(one, num_tasks, on)
   else:
     num_tasks = 8
-    gradient = metajax.per_device(metajax.serial(one), on)
+    gradient = metajax.per_device(metajax.serial(one), num_tasks, on)
   learner = metajax.meta_learner(gradient, optax.sgd(1.0))
   everywhere = jax.NamedSharding(on, jax.P())
   state, key = jax.device_put((learner.init(PARAMS), jax.random.key(0)), everywhere)
@@ -118,7 +118,7 @@ def test_a_meta_step_sends_the_gradient_and_the_losses_once_and_nothing_else(num
 def test_tasks_in_turn_on_each_device(devices):
   """Each device hands one inner state along its share; the gradient is the mean over all tasks."""
   one, rounds, tasks = metajax.reptile(LOSS, ADAM), 2, 4
-  meta_gradient = metajax.per_device(metajax.serial(one), mesh(devices))
+  meta_gradient = metajax.per_device(metajax.serial(one), tasks, mesh(devices))
   state, alone = meta_gradient.init(PARAMS), [one.init(PARAMS)] * devices
   for seed in range(rounds):
     seeds = [10 * seed + task for task in range(tasks)]
@@ -138,9 +138,12 @@ def test_tasks_in_turn_on_each_device(devices):
 
 
 def test_shares_are_equal():
-  meta_gradient = metajax.per_device(metajax.serial(metajax.reptile(LOSS, ADAM)), mesh(4))
+  one = metajax.serial(metajax.reptile(LOSS, ADAM))
   with pytest.raises(ValueError, match="4 devices do not divide 5 tasks"):
-    meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(5), k=3))
+    metajax.per_device(one, 5, mesh(4))
+  meta_gradient = metajax.per_device(one, 4, mesh(4))
+  with pytest.raises(ValueError, match="episodes must have a leading axis of 4"):
+    meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(8), k=3))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
