@@ -107,7 +107,7 @@ def unfinished(out):
   return {path.name for path in (out / "checkpoints").glob("*tmp*")}
 
 
-# What must have changed since the start, and the part of the run's time by which to kill after that.
+# What must have changed since the start, and by which part of the run's time to kill after that.
 MOMENTS = {
   "compiling": (
     lambda out: (out / "flags.txt").exists() and (out / "flags.txt").stat().st_mtime,
