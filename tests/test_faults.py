@@ -114,7 +114,7 @@ MOMENTS = {
     0.2,
   ),
   "training": (lines("metrics.jsonl"), 0.1),
-  "judging": (lines("test_tasks.jsonl"), 0.02),
+  "judging": (lines("test_tasks.jsonl"), 0.002),
   "saving": (unfinished, 0.002),
 }
 
