@@ -122,6 +122,8 @@ def main(
     except OSError:  # the same Ctrl-C ended what this is piped into
       _silence(1, 2)
 
+  # A checkpoint that fails leaves others of its files under way; their complaints say nothing more.
+  sys.unraisablehook = lambda unraisable: None
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
   try:

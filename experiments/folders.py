@@ -110,9 +110,12 @@ class RunFolder:
         if file.write(line) < len(line):
           raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
-      except OSError:
+      except OSError as error:
         file.truncate(size)
-        raise
+        raise OSError(
+          f"{self.path / name} cannot be written ({error.strerror}): make room, and the same command "
+          "goes on from what is saved"
+        ) from error
 
   def result(self) -> Record | None:
     """What `finish` wrote, if it has."""

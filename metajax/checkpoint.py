@@ -193,7 +193,9 @@ class _NewestAndBest(PreservationPolicy):
 
 
 def _unwritten(folder: Path, error: Exception) -> OSError:
-  return OSError(f"a checkpoint could not be written in {folder}: {_first_line(error)}")
+  return OSError(
+    f"a checkpoint could not be written in {folder}, those before it are whole: {_first_line(error)}"
+  )
 
 
 def _first_line(error: Exception) -> str:
