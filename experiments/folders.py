@@ -113,8 +113,8 @@ class RunFolder:
       except OSError as error:
         file.truncate(size)
         raise OSError(
-          f"{self.path / name} cannot be written ({error.strerror}): make room, and the same command "
-          "goes on from what is saved"
+          f"{self.path / name} cannot be written ({error.strerror}): make room, and the same "
+          "command goes on from what is saved"
         ) from error
 
   def result(self) -> Record | None:

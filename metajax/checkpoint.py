@@ -194,7 +194,7 @@ class _NewestAndBest(PreservationPolicy):
 
 def _unwritten(folder: Path, error: Exception) -> OSError:
   return OSError(
-    f"a checkpoint could not be written in {folder}, those before it are whole: {_first_line(error)}"
+    f"a checkpoint could not be written in {folder}, those before are whole: {_first_line(error)}"
   )
 
 

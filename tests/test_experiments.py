@@ -204,7 +204,7 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(folders.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device.: make room, and the same command"):
+    with pytest.raises(OSError, match=r"No space left on device\): make room, and"):
       folder.append({"step": 1})
   folder.append({"step": 2})
   assert [record["step"] for record in folder.records()] == [0, 2]
