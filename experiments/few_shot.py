@@ -85,8 +85,10 @@ FLAGS = (
   flags.DEFINE_integer("chunk", None,
     "Tasks at once, with sharded on each device; by default one on CPU."),
   flags.DEFINE_integer("filters", None, "Of every convolution; by default the paper's."),
-  flags.DEFINE_enum("head", "flatten", ["flatten", "mean"],
-    "What the last layer sees: all positions, or their mean as in Finn et al.'s network."),
+  flags.DEFINE_enum("network", "paper", ["paper", "finn"],
+    "The paper's for the data set, or that of Finn et al. (2017)."),
+  flags.DEFINE_bool("adapt_norm", True,
+    "Whether inner steps move batch normalization's scales and offsets; Finn et al.'s do not."),
   flags.DEFINE_enum("convolution", None, ["patches", "xla"],
     "How to convolve; by default whichever is faster on this backend."),
   flags.DEFINE_list("eval_batch", ["5"],
@@ -283,20 +285,32 @@ def _load(
   return metajax.data.omniglot.load(data_dir, protocol=protocol, seed=seed, cache_dir=cache_dir)
 
 
+def _of_norms(params: Any) -> Any:
+  """Which parameters are batch normalization's, as a mask."""
+  return jax.tree.map_with_path(
+    lambda path, _: metajax.models.BatchStatsNorm.__name__ in jax.tree_util.keystr(path), params
+  )
+
+
 def build(
   settings: SimpleNamespace, splits: metajax.data.Splits, mesh: jax.sharding.Mesh
 ) -> Experiment:
   """From flags to functions; the data must be on the mesh."""
-  network = (
-    metajax.models.mini_imagenet if settings.dataset == _MINI_IMAGENET else metajax.models.omniglot
-  )
+  network = {
+    ("paper", False): metajax.models.omniglot,
+    ("paper", True): metajax.models.mini_imagenet,
+    ("finn", False): metajax.models.finn_omniglot,
+    ("finn", True): metajax.models.finn_mini_imagenet,
+  }[settings.network, settings.dataset == _MINI_IMAGENET]
   options = {} if settings.filters is None else {"filters": settings.filters}
-  model = network(settings.ways, head=settings.head, method=settings.convolution, **options)
+  model = network(settings.ways, method=settings.convolution, **options)
   loss = metajax.losses.cross_entropy(model.apply, reduction=settings.loss_reduction)
   if settings.inner_optimizer == "adam":
     inner = optax.adam(settings.inner_rate, b1=0.0, eps_root=settings.inner_eps_root)
   else:
     inner = optax.sgd(settings.inner_rate)
+  if not settings.adapt_norm:
+    inner = optax.chain(inner, optax.masked(optax.set_to_zero(), _of_norms))
 
   estimators = {
     "reptile": metajax.reptile,

@@ -18,6 +18,7 @@ from metajax.types import Apply, Params, PRNGKey
 
 Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
+Padding = Literal["SAME", "VALID"]
 
 
 _MISFITS = (
@@ -127,14 +128,16 @@ class BatchStatsNorm(nn.Module):
 
   Attributes:
     epsilon: added to the variance; 1e-3 in the paper's code (TensorFlow's default).
+    use_scale: whether there are scales; there are always offsets.
   """
 
   epsilon: float = 1e-3
+  use_scale: bool = True
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     channels = inputs.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, channels)
+    scale = self.param("scale", nn.initializers.ones, channels) if self.use_scale else 1.0
     bias = self.param("bias", nn.initializers.zeros, channels)
     axes = tuple(range(inputs.ndim - 1))
     centred = inputs - jnp.mean(inputs, axes)
@@ -151,6 +154,9 @@ class ConvNet(nn.Module):
     downsample: `"stride"` (convolutions of stride 2) or `"pool"` (2x2 max-pooling).
     head: the dense layer sees `"flatten"`, all positions, or `"mean"`, their average.
     method: of `metajax.convolution`.
+    pool_padding: whether pooling an odd number of rows keeps the last (`"SAME"`) or drops it.
+    norm_scale: whether batch normalization has scales besides offsets.
+    head_init: of the dense layer's kernel.
   """
 
   ways: int
@@ -158,12 +164,17 @@ class ConvNet(nn.Module):
   downsample: Downsample = "stride"
   head: Head = "flatten"
   method: Method | None = None
+  pool_padding: Padding = "SAME"
+  norm_scale: bool = True
+  head_init: nn.initializers.Initializer = nn.initializers.glorot_uniform()
 
   def __post_init__(self) -> None:
     if self.downsample not in ("stride", "pool"):
       raise ValueError(f"downsample must be 'stride' or 'pool', not {self.downsample!r}")
     if self.head not in ("flatten", "mean"):
       raise ValueError(f"head must be 'flatten' or 'mean', not {self.head!r}")
+    if self.pool_padding not in ("SAME", "VALID"):
+      raise ValueError(f"pool_padding must be 'SAME' or 'VALID', not {self.pool_padding!r}")
     if self.method is not None:  # the default is that of a backend, and starts it
       convolution(self.method)
     super().__post_init__()
@@ -184,12 +195,12 @@ class ConvNet(nn.Module):
         kernel_init=nn.initializers.glorot_uniform(),
         conv_general_dilated=convolution(self.method),
       )(hidden)
-      hidden = BatchStatsNorm()(hidden)
-      hidden = nn.relu(max_pool(hidden) if pool else hidden)
+      hidden = BatchStatsNorm(use_scale=self.norm_scale)(hidden)
+      hidden = nn.relu(max_pool(hidden, self.pool_padding) if pool else hidden)
     if self.head == "mean":
       hidden = jnp.mean(hidden, axis=(1, 2))
     hidden = hidden.reshape(hidden.shape[0], -1)
-    return nn.Dense(self.ways, kernel_init=nn.initializers.glorot_uniform())(hidden)
+    return nn.Dense(self.ways, kernel_init=self.head_init)(hidden)
 
 
 class MLP(nn.Module):
@@ -215,16 +226,21 @@ class MLP(nn.Module):
     return inputs
 
 
-def max_pool(inputs: jax.Array) -> jax.Array:
-  """2x2 max-pooling of stride 2, SAME: `[n, h, w, c]` to `[n, ceil(h / 2), ceil(w / 2), c]`.
+def max_pool(inputs: jax.Array, padding: Padding = "SAME") -> jax.Array:
+  """2x2 max-pooling of stride 2: `[n, h, w, c]` to `[n, ceil(h / 2), ceil(w / 2), c]`.
+
+  With padding `"VALID"` an odd last row or column is dropped: `floor` in place of `ceil`.
 
   As elementwise selections, since the gradient of XLA's window reduction is slow on CPU; it goes to
   the first of equal entries, as there.
   """
   n, height, width, channels = inputs.shape
-  odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-  inputs = jnp.pad(inputs, odd, constant_values=-jnp.inf)
-  inputs = inputs.reshape(n, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+  if padding == "SAME":
+    odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+    inputs = jnp.pad(inputs, odd, constant_values=-jnp.inf)
+  else:
+    inputs = inputs[:, : height - height % 2, : width - width % 2]
+  inputs = inputs.reshape(n, inputs.shape[1] // 2, 2, inputs.shape[2] // 2, 2, channels)
   larger = lambda a, b: jnp.where(a >= b, a, b)
   top = larger(inputs[:, :, 0, :, 0], inputs[:, :, 0, :, 1])
   bottom = larger(inputs[:, :, 1, :, 0], inputs[:, :, 1, :, 1])
@@ -236,7 +252,6 @@ def omniglot(
   *,
   filters: int = 64,
   downsample: Downsample = "stride",
-  head: Head = "flatten",
   method: Method | None = None,
 ) -> Model:
   """The paper's Omniglot network: 4 x [conv 3x3, 64 filters, stride 2; norm; ReLU], dense.
@@ -245,36 +260,66 @@ def omniglot(
     ways: classes.
     filters: 64 in the paper; 113,221 parameters at 5 ways.
     downsample: `"stride"`, as in the paper, or `"pool"`.
-    head: `"flatten"`, as in the paper, or `"mean"` over positions, as in Finn et al.'s network.
     method: of `metajax.convolution`.
 
   Returns:
     A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
   """
-  network = ConvNet(_positive(ways=ways), _positive(filters=filters), downsample, head, method)
-  return from_linen(network, np.zeros((1, 28, 28, 1), np.float32))
+  return _images((28, 28, 1), ways, filters, downsample=downsample, method=method)
 
 
-def mini_imagenet(
-  ways: int,
-  *,
-  filters: int = 32,
-  head: Head = "flatten",
-  method: Method | None = None,
-) -> Model:
+def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
   """The paper's mini-ImageNet network: 4 x [conv 3x3, 32 filters; norm; max-pool 2x2; ReLU], dense.
 
   Args:
     ways: classes.
     filters: 32 in the paper.
-    head: `"flatten"`, as in the paper, or `"mean"` over positions.
     method: of `metajax.convolution`.
 
   Returns:
     A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
   """
-  network = ConvNet(_positive(ways=ways), _positive(filters=filters), "pool", head, method)
-  return from_linen(network, np.zeros((1, 84, 84, 3), np.float32))
+  return _images((84, 84, 3), ways, filters, downsample="pool", method=method)
+
+
+def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None) -> Model:
+  """The Omniglot network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
+
+  As `omniglot`, but the dense layer sees the mean over positions and starts from N(0, 1), and batch
+  normalization has no scales. Its offsets are not theirs to adapt: leave them out of inner steps.
+  """
+  return _images(
+    (28, 28, 1),
+    ways,
+    filters,
+    head="mean",
+    method=method,
+    norm_scale=False,
+    head_init=nn.initializers.normal(1.0),
+  )
+
+
+def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
+  """The mini-ImageNet network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
+
+  As `mini_imagenet`, but pooling drops odd rows and columns, which leaves 5 x 5 positions of 6 x 6,
+  and batch normalization has no scales. Its offsets are not theirs to adapt: leave them out of
+  inner steps.
+  """
+  return _images(
+    (84, 84, 3),
+    ways,
+    filters,
+    downsample="pool",
+    method=method,
+    pool_padding="VALID",
+    norm_scale=False,
+  )
+
+
+def _images(size: tuple[int, int, int], ways: int, filters: int, **options: Any) -> Model:
+  network = ConvNet(_positive(ways=ways), _positive(filters=filters), **options)
+  return from_linen(network, np.zeros((1, *size), np.float32))
 
 
 def sine(

@@ -20,6 +20,7 @@ from problems import episode, examples, softmax_loss, weights
 
 import metajax
 from experiments import combinations, expansions, few_shot, folders, overlap, sine
+from metajax import models
 from metajax.data import DataError, files, glyphs, mini_imagenet, omniglot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -607,7 +608,7 @@ def combined(given):
 
 
 def omniglot_on(shape, params=None):
-  model = metajax.models.omniglot(3, filters=2)
+  model = models.omniglot(3, filters=2)
   params = jax.eval_shape(model.init, KEY) if params is None else params
   return jax.eval_shape(model.apply, params, jnp.zeros(shape))
 
@@ -686,17 +687,22 @@ CALLS = [
   ("evaluation: state", lambda: evaluated(LOSS, ADAM.init(PHI)), "is not that of this optimizer"),
   ("interval: no value", lambda: metajax.mean_and_interval([]), "give at least one value"),
   ("interval: 95", lambda: metajax.mean_and_interval([1.0], 95), "a confidence between 0 and 1"),
-  ("network: no way", lambda: metajax.models.omniglot(0), "ways must be at least 1"),
-  ("network: no filter", lambda: metajax.models.mini_imagenet(5, filters=0), "filters must be at"),
-  ("network: head", lambda: metajax.models.omniglot(5, head="max"), "'flatten' or 'mean', not 'ma"),
+  ("network: no way", lambda: models.omniglot(0), "ways must be at least 1"),
+  ("network: no filter", lambda: models.mini_imagenet(5, filters=0), "filters must be at"),
+  ("network: head", lambda: models.ConvNet(5, 8, head="max"), "'flatten' or 'mean', not 'max'"),
+  (
+    "network: padding",
+    lambda: models.ConvNet(5, 8, pool_padding="FULL"),
+    "'SAME' or 'VALID', not 'FULL'",
+  ),
   (
     "network: downsample",
-    lambda: metajax.models.omniglot(5, downsample="max"),
+    lambda: models.omniglot(5, downsample="max"),
     "'stride' or 'pool', not 'max'",
   ),
-  ("network: method", lambda: metajax.models.omniglot(5, method="fast"), "'patches' or 'xla'"),
-  ("network: no unit", lambda: metajax.models.sine((64, 0, 1)), "at least 1, not"),
-  ("network: no layer", lambda: metajax.models.sine(()), "at least 1, not"),
+  ("network: method", lambda: models.omniglot(5, method="fast"), "'patches' or 'xla'"),
+  ("network: no unit", lambda: models.sine((64, 0, 1)), "at least 1, not"),
+  ("network: no layer", lambda: models.sine(()), "at least 1, not"),
   ("network: image size", lambda: omniglot_on((2, 84, 84, 1)), "do not fit .*: give inputs of the"),
   ("network: no channel", lambda: omniglot_on((2, 28, 28)), "images must be .n, height, width"),
   ("network: parameters", lambda: omniglot_on((2, 28, 28, 1), {}), "the parameters that its init"),

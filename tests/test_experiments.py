@@ -235,7 +235,8 @@ VARIANTS = [
   {"algorithm": "joint", "loss_reduction": "mean", "inner_optimizer": "sgd"},
   {"algorithm": "fomaml", "tail": "separate", "outer_optimizer": "adam", "outer_rate_final": 0.1},
   {"algorithm": "fomaml", "execution": "chunked", "chunk": 2, "outer_clip": 10.0},
-  {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "head": "mean"},
+  {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "network": "finn"},
+  {"algorithm": "fomaml", "adapt_norm": False, "execution": "serial"},
   {"algorithm": "maml", "inner_eps_root": 1e-8, "execution": "serial", "inner_state": "fresh"},
   {"algorithm": "combine", "weights": ["0.5", "2"], "eval_shots": ["1", "2"]},
 ]
@@ -268,6 +269,22 @@ def test_every_choice_composes(variant, splits):
   trace(tiny, splits)
 
 
+def test_inner_steps_leave_normalization_alone(splits):
+  """phi - U^k(phi) is what Reptile's outer step of 1 subtracts: where U^k moves nothing it is 0."""
+  tiny = settings(adapt_norm=False, network="finn", outer_rate=1.0, outer_rate_final=1.0)
+  experiment = few_shot.build(tiny, splits, metajax.task_mesh())
+  init_key, episode_key = jax.random.split(jax.random.key(0))
+  before = jax.tree.map(lambda leaf: leaf + 1.0, jax.jit(experiment.model.init)(init_key))
+  episodes = jax.jit(experiment.sample_episodes)(episode_key)
+  after, _ = jax.jit(experiment.learner.step)(experiment.learner.init(before), episodes)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after.params)
+  for layer, of_parameters in moved.items():
+    if layer.startswith("BatchStatsNorm"):
+      assert of_parameters == {"bias": False}
+    else:
+      assert of_parameters["kernel"], layer
+
+
 @pytest.fixture(scope="module")
 def blank():
   """Splits of either image size with classes enough for any flag file."""
@@ -285,14 +302,15 @@ def blank():
 @pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)
 def test_every_flag_file_runs(path, blank):
   lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-  given = dict(line.removeprefix("--").split("=") for line in lines)
+  given = dict(line.removeprefix("--").split("=") for line in lines if "=" in line)
   parsed = {name: flags.FLAGS[name].parser.parse(value) for name, value in given.items()}
-  row = few_shot.defaults(**parsed)
+  row = few_shot.defaults(**parsed, adapt_norm="--noadapt_norm" not in lines)
   few_shot.check(row)
   both = "1,5" if row.algorithm == "reptile" else None  # one training run for both
   shots = f"_{row.eval_shots[0]}shot" if both is None else ""
   assert path.stem == f"{row.dataset}{shots}_{row.ways}way_{row.algorithm}"
   assert both in (None, ",".join(row.eval_shots))
+  assert (row.network, row.adapt_norm) == (("paper", True) if both else ("finn", False))
   trace(row, blank[row.dataset])
 
 
@@ -310,7 +328,9 @@ HYPERPARAMETERS = {
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_flag_files_hold_the_published_settings(name):
   given = (ROOT / "experiments" / "flags" / f"{name}.flags").read_text()
-  values = dict(line[2:].split("=") for line in given.splitlines() if line.startswith("--"))
+  values = dict(
+    line[2:].split("=") for line in given.splitlines() if "=" in line and line[0] == "-"
+  )
   names = (
     "inner_batch",
     "inner_steps",

@@ -189,7 +189,7 @@ CHOICES = {
   "loss_reduction": ["sum", "mean", "max"],
   "outer_optimizer": ["sgd", "adam"],
   "execution": ["sharded", "vmap", "serial", "chunked"],
-  "head": ["flatten", "mean"],
+  "network": ["paper", "finn"],
 }
 COUNTS = (
   "ways", "train_shots", "tail_shots", "inner_batch", "inner_steps", "meta_batch", "eval_steps",

@@ -25,7 +25,56 @@ def test_parameter_counts():
   assert size(models.omniglot(20)) == 113_221 + 15 * 257
   # Four blocks of kernel, bias, scale and offset, at 32 filters; then 6 x 6 x 32 = 1152 features.
   assert size(models.mini_imagenet(5)) == 27 * 32 + 3 * 288 * 32 + 4 * 3 * 32 + 1152 * 5 + 5
+  # Finn et al.'s: blocks of kernel, bias and offset; 64 means, or 5 x 5 x 32 = 800 features.
+  assert size(models.finn_omniglot(5)) == 9 * 64 + 3 * 576 * 64 + 4 * 2 * 64 + 64 * 5 + 5
+  assert size(models.finn_mini_imagenet(5)) == 27 * 32 + 3 * 288 * 32 + 4 * 2 * 32 + 800 * 5 + 5
   assert size(models.sine()) == 64 * 2 + 64 * 65 + 65
+
+
+def finn(params, images, pool):
+  """Finn et al.'s network in NumPy: positions one by one, and ReLU before pooling."""
+  hidden = np.asarray(images, np.float64)
+  for block in range(4):
+    kernel, bias = (np.float64(params[f"Conv_{block}"][name]) for name in ("kernel", "bias"))
+    height, stride = hidden.shape[1], 1 if pool else 2
+    out = -(-height // stride)
+    before = max((out - 1) * stride + 3 - height, 0) // 2  # SAME, as TensorFlow has it
+    padded = np.pad(hidden, ((0, 0), (before, 2), (before, 2), (0, 0)))
+    window = lambda i, padded=padded, stride=stride: slice(i * stride, i * stride + 3)
+    rows = [
+      [np.tensordot(padded[:, window(i), window(j)], kernel, 3) + bias for j in range(out)]
+      for i in range(out)
+    ]
+    hidden = np.moveaxis(np.array(rows), 2, 0)
+    mean, variance = hidden.mean(axis=(0, 1, 2)), hidden.var(axis=(0, 1, 2))
+    hidden = (hidden - mean) / np.sqrt(variance + 1e-3) + params[f"BatchStatsNorm_{block}"]["bias"]
+    hidden = np.maximum(hidden, 0)
+    if pool:
+      half = out // 2
+      cells = hidden[:, : 2 * half, : 2 * half].reshape(len(hidden), half, 2, half, 2, -1)
+      hidden = cells.max(axis=(2, 4))
+  hidden = hidden.reshape(len(hidden), -1) if pool else hidden.mean(axis=(1, 2))
+  return hidden @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+
+
+@pytest.mark.parametrize(
+  ("network", "shape"),
+  [(models.finn_omniglot, (28, 28, 1)), (models.finn_mini_imagenet, (84, 84, 3))],
+)
+def test_finn_s_networks_are_finn_s(x64, network, shape):
+  rng = np.random.default_rng(0)
+  model = network(3, filters=2)
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), jax.eval_shape(model.init, KEY))
+  images = rng.normal(size=(4, *shape))
+  pool = network is models.finn_mini_imagenet
+  np.testing.assert_allclose(
+    jax.jit(model.apply)(params, images), finn(params, images, pool), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_finn_s_last_layer_starts_from_the_normal_distribution():
+  kernel = jax.jit(models.finn_omniglot(100).init)(KEY)["Dense_0"]["kernel"]
+  assert abs(float(jnp.std(kernel)) - 1) < 5 / np.sqrt(2 * kernel.size)
 
 
 CONVOLUTIONS = [
@@ -100,13 +149,14 @@ def test_convolution_refuses_another_method():
     convolution("fast")
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("height", [6, 7])
-def test_max_pool_and_its_gradient_are_flax_s(height):
+def test_max_pool_and_its_gradient_are_flax_s(height, padding):
   """With ties, too, as a ReLU or a constant background makes them."""
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.integers(0, 3, (2, height, 5, 3)), jnp.float32)
-  ours, pull_ours = jax.vjp(models.max_pool, images)
-  theirs, pull_theirs = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2), "SAME"), images)
+  ours, pull_ours = jax.vjp(lambda x: models.max_pool(x, padding), images)
+  theirs, pull_theirs = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2), padding), images)
   np.testing.assert_array_equal(ours, theirs)
   weigh = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
   np.testing.assert_array_equal(pull_ours(weigh)[0], pull_theirs(weigh)[0])
