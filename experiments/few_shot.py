@@ -23,7 +23,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 import metajax
-from experiments import common, folders, reports
+from experiments import common, folders, reports, training
 
 TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
@@ -434,7 +434,7 @@ def prepare(
   check(settings)
   folder = folders.open_folder(settings)
   mesh = metajax.task_mesh() if mesh is None else mesh
-  splits = common.on_mesh(load(settings), mesh)
+  splits = training.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
   conditions = [folders.describe(splits)]
   if settings.execution in _SPREAD:
@@ -452,7 +452,7 @@ def run(
 ) -> dict[str, Any]:
   """Trains and judges; returns what it writes to result.json."""
   keys = jax.random.split(jax.random.key(settings.seed), 4)
-  init_key, train_key, curve_key, test_key = common.on_mesh(tuple(keys), experiment.mesh)
+  init_key, train_key, curve_key, test_key = training.on_mesh(tuple(keys), experiment.mesh)
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   everywhere = jax.NamedSharding(experiment.mesh, jax.P())
@@ -469,14 +469,14 @@ def run(
     values = {}
     for shots, judge in experiment.judges[split].items():
       columns: dict[str, list[float]] = {}
-      with common.progress(
+      with training.progress(
         total=num_tasks, unit="task", desc=f"{label}, {shots} {split} tasks", mesh=experiment.mesh
       ) as bar:
         for first in range(0, num_tasks, TASKS_PER_CALL):
           part = done.get((shots, first))
           if part is None:
-            if log and common.stopping():
-              raise common.StoppedError(
+            if log and training.stopping():
+              raise training.StoppedError(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"
               )
@@ -499,7 +499,7 @@ def run(
       for split in settings.curve_splits
     }
 
-  state, seconds = common.train(
+  state, seconds = training.train(
     experiment.learner,
     experiment.sample_episodes,
     state,
@@ -556,7 +556,7 @@ def run_all(
     folder = folders.open_folder(settings)
     try:
       return folder.result() or run(settings, *prepare(settings, mesh), label)
-    except common.DivergedError as error:
+    except training.DivergedError as error:
       if not diverging_guesses:
         raise
       guess = {"accuracy": 1 / settings.ways, "interval95": 0.0, "tasks": settings.eval_tasks}
@@ -572,7 +572,7 @@ def run_all(
 
   if any(settings.execution in _SPREAD for _, settings in many):
     return [job(label, settings, None) for label, settings in many]
-  return common.side_by_side([partial(job, label, settings) for label, settings in many])
+  return training.side_by_side([partial(job, label, settings) for label, settings in many])
 
 
 def program(settings: SimpleNamespace) -> Callable[[], Any]:

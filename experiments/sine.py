@@ -21,7 +21,7 @@ import optax
 from absl import app
 
 import metajax
-from experiments import common, folders, reports
+from experiments import common, folders, reports, training
 
 GRADIENT_STEPS = 32
 _INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
@@ -133,7 +133,7 @@ def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict
   method, keys = methods()[name], keys_of(settings.seed)
   rate = optax.linear_schedule(method.outer_rate, 0.0, settings.meta_steps)
   learner = metajax.meta_learner(metajax.batched(method.gradient, 1), method.outer(rate))
-  state, seconds = common.train(
+  state, seconds = training.train(
     learner,
     metajax.sample_episodes(method.sample_task, method.make_episode, 1),
     learner.init(jax.jit(MODEL.init)(keys.init)),
@@ -160,7 +160,7 @@ def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
   """Trains and judges all methods, of every seed; returns what it writes to result.json."""
   runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
   jobs = [partial(train, name, run) for run in runs for name in methods()]
-  trained = iter(common.side_by_side(jobs))
+  trained = iter(training.side_by_side(jobs))
   by_seed = []
   for run in runs:
     keys = keys_of(run.seed)

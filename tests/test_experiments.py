@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 import metajax
-from experiments import combinations, common, expansions, few_shot, folders, overlap, sine
+from experiments import combinations, common, expansions, few_shot, folders, overlap, sine, training
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
@@ -124,10 +124,10 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, 
   long = {"eval_tasks": 60, "eval_every": 3, "steps_per_call": 1}
   execute(settings(out=str(tmp_path / "whole"), **long))
   out, asked = tmp_path / "stopped", iter([])
-  monkeypatch.setattr(common, "stopping", lambda: next(asked, False))
+  monkeypatch.setattr(training, "stopping", lambda: next(asked, False))
   for calls_before, where in ((2, "stopped at meta-step 2 of"), (4, "at 1-shot test task 50 of")):
     asked = iter([*[False] * calls_before, True])
-    with pytest.raises(common.StoppedError, match=where):
+    with pytest.raises(training.StoppedError, match=where):
       execute(settings(out=str(out), **long))
   execute(settings(out=str(out), **long))
   assert left_behind(out) == left_behind(tmp_path / "whole")
@@ -151,7 +151,9 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, mo
     return experiment._replace(learner=experiment.learner._replace(step=step))
 
   monkeypatch.setattr(few_shot, "build", fails_at_step_3)
-  with pytest.raises(common.DivergedError, match=r"at meta-step 3, .*lower .*meta-step 2 is saved"):
+  with pytest.raises(
+    training.DivergedError, match=r"at meta-step 3, .*lower .*meta-step 2 is saved"
+  ):
     execute(tiny)
   assert [record["step"] for record in folders.logged(tmp_path)] == [0, 1, 2]
   assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -397,12 +399,12 @@ def test_an_exception_in_one_of_several_runs_ends_all():
     raise ZeroDivisionError
 
   def go_on(mesh):
-    assert common._STOPPING.wait(timeout=60)
+    assert training._STOPPING.wait(timeout=60)
     raise RuntimeError("stopped")
 
   with pytest.raises(ZeroDivisionError):  # and not what it did to the others
-    common.side_by_side([go_on, fail, go_on, go_on, go_on, go_on])
-  assert common.side_by_side([lambda mesh: mesh.size, lambda mesh: 2]) == [1, 2]
+    training.side_by_side([go_on, fail, go_on, go_on, go_on, go_on])
+  assert training.side_by_side([lambda mesh: mesh.size, lambda mesh: 2]) == [1, 2]
 
 
 FIGURE = {
