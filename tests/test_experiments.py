@@ -28,11 +28,16 @@ def splits():
   return metajax.data.glyphs.load(train_classes=20, test_classes=5)
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+  return str(tmp_path_factory.mktemp("programs"))
+
+
 @pytest.fixture
-def glyphs(monkeypatch, splits, tmp_path):
+def glyphs(monkeypatch, splits, programs):
   """Runs on a few glyphs, each program compiled once however many runs need it."""
   monkeypatch.setattr(few_shot, "load", lambda settings: splits)
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+  jax.config.update("jax_compilation_cache_dir", programs)
   yield
   jax.config.update("jax_compilation_cache_dir", None)
 
@@ -135,8 +140,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, 
 
 
 def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, monkeypatch):
-  sgd = {"inner_optimizer": "sgd", "eval_every": 1, "steps_per_call": 1}
-  tiny = settings(out=str(tmp_path), **sgd)
+  tiny = settings(out=str(tmp_path), eval_every=1, steps_per_call=1)
   build = few_shot.build
 
   def fails_at_step_3(*arguments):
