@@ -101,8 +101,9 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
     "versions": folders.versions(),
   }
   folder.finish(result)
-  all_there = common.changed(settings, curves=list(result["curves"]))
-  draw(settings, _logs(runs(all_there)))
+  there = runs(common.changed(settings, curves=list(result["curves"])))
+  logs = {name: [folders.logged(one.out) for one in of_seeds] for name, of_seeds in there.items()}
+  draw(logs, Path(settings.out, "figure3"))
   print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
   for name, cells in result["curves"].items():
     print(f"  {CURVES[name][0]}")
@@ -112,14 +113,11 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
   return result
 
 
-def _logs(by_curve: dict[str, list[SimpleNamespace]]) -> Logs:
-  return {name: [folders.logged(one.out) for one in many] for name, many in by_curve.items()}
-
-
-def draw(settings: SimpleNamespace, logs: Logs) -> None:
+def draw(logs: Logs, path: Path) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
-  cell = f"{settings.eval_shots[0]}-shot transductive"
-  with reports.drawing(Path(settings.out, "figure3"), figsize=(12.0, 4.8)) as figure:
+  first = next(iter(logs.values()))[0][0]["test"]
+  cell = next(name for name in first if name.endswith("transductive"))
+  with reports.drawing(path, figsize=(12.0, 4.8)) as figure:
     whole, upper = figure.subplots(1, 2)
     for name in (name for name in CURVES if name in logs):
       records = logs[name]
@@ -158,7 +156,11 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   common.check_numbers(settings, "inner_batch", "ways")
   by_curve = runs(settings)
   if settings.plot_only:
-    return partial(draw, settings, _logs(by_curve))
+    found = {name: folders.logs_of_seeds(Path(settings.out, name)) for name in by_curve}
+    there = {name: logs for name, logs in found.items() if logs}
+    if not there:
+      raise ValueError(f"{settings.out} holds no run to draw: train first, without --plot_only")
+    return partial(draw, there, Path(settings.out, "figure3"))
   few_shot.check_all([one for many in by_curve.values() for one in many])
   folders.open_folder(_of_figure(settings)).begin("a run of each curve and seed")
   return partial(run, settings, by_curve)

@@ -217,7 +217,7 @@ def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
   if settings.eval_tasks is not None and settings.eval_tasks < 2:
     raise ValueError(f"--eval_tasks={settings.eval_tasks} must be at least 2")
   if not 0 <= settings.seed <= 2**32 - settings.seeds:
-    raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - 1")
+    raise ValueError(f"--seed={settings.seed} must be from 0 to 2^32 - {settings.seeds}")
   if settings.plot_only and settings.out is None:
     raise ValueError("--plot_only draws what --out holds: give an --out")
   if settings.plot_only and settings.fresh:

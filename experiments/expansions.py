@@ -24,7 +24,7 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
 import metajax
-from experiments import common, folders, reports
+from experiments import common, folders, reports, training
 from metajax import theory
 
 # fmt: off
@@ -69,6 +69,7 @@ def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
   coefficients: list[dict[str, Any]] = []
   series: list[dict[str, Any]] = []
   for k in KS:
+    _stop_if_asked()
     first = jax.tree.map(lambda leaf, k=k: leaf[:, :k], minibatches)
     found = jax.jit(partial(theory.expansion, _LOSS))(params, first)
     for name, (estimator, predicted) in ALGORITHMS.items():
@@ -106,6 +107,11 @@ def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
             }
           )
   return {"coefficients": coefficients, "against_alpha": series}
+
+
+def _stop_if_asked() -> None:
+  if training.stopping():
+    raise training.StoppedError("stopped, and nothing is kept: the same command starts over")
 
 
 def _norm(tree: Any) -> float:
@@ -157,6 +163,7 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
   phi = jnp.array([-2.6, 1.6])
   path, means, apart = [phi.tolist()], [float(mean(phi))], 0.0
   for step in range(steps):
+    _stop_if_asked()
     distance, project = distances[step % 2], projections[step % 2]
     gradient = jax.grad(distance)(phi)
     # Through the projection as well: it moves along the solutions, at right angles to the step.

@@ -69,7 +69,8 @@ FLAGS = (
     "k, the minibatches of a training task, the tail included."),
   flags.DEFINE_enum("loss_reduction", "sum", ["sum", "mean"], "Over a minibatch's examples."),
   flags.DEFINE_enum("outer_optimizer", "sgd", ["sgd", "adam"],
-    "Fed with phi - U^k(phi) for reptile and joint, else with the gradient of the last loss."),
+    "Fed with phi - U^k(phi) for reptile and joint, for fomaml and maml with the gradient of the "
+    "last loss, for combine with the weighted sum."),
   flags.DEFINE_float("outer_rate", 1.0, "Outer learning rate at the start."),
   flags.DEFINE_float("outer_rate_final", 0.0, "Outer learning rate to which it falls, linearly."),
   flags.DEFINE_float("outer_clip", None,
@@ -88,7 +89,8 @@ FLAGS = (
   flags.DEFINE_enum("network", "paper", ["paper", "finn"],
     "The paper's for the data set, or that of Finn et al. (2017)."),
   flags.DEFINE_bool("adapt_norm", True,
-    "Whether inner steps move batch normalization's scales and offsets; Finn et al.'s do not."),
+    "Whether inner steps move batch normalization's scales and offsets; Finn et al.'s do not. "
+    "Reptile never learns what they do not move."),
   flags.DEFINE_enum("convolution", None, ["patches", "xla"],
     "How to convolve; by default whichever is faster on this backend."),
   flags.DEFINE_list("eval_batch", ["5"],
@@ -322,25 +324,25 @@ def build(
     ),
   }
   gradient = estimators[settings.algorithm](loss, inner)
-  inner_state: Callable[[metajax.MetaState], Any]
   if settings.inner_state == "fresh":
     gradient = metajax.stateless(gradient)
   spread = settings.execution in _SPREAD
   if settings.execution == "serial":
     gradient = metajax.serial(gradient)
-    inner_state = lambda state: state.inner
   elif settings.execution == "sharded_serial":
     gradient = metajax.per_device(metajax.serial(gradient), settings.meta_batch, mesh)
-    inner_state = lambda state: metajax.first_slot(state.inner)
   elif settings.execution == "sharded":
     gradient = metajax.sharded(gradient, settings.meta_batch, mesh, chunk=settings.chunk)
-    inner_state = lambda state: metajax.first_slot(state.inner)
   else:
     chunk = (settings.chunk or 1) if settings.execution == "chunked" else None
     gradient = metajax.batched(gradient, settings.meta_batch, chunk=chunk)
-    inner_state = lambda state: metajax.first_slot(state.inner)
+  inner_state: Callable[[metajax.MetaState], Any]
   if settings.inner_state == "fresh":
     inner_state = lambda state: None
+  elif settings.execution == "serial":
+    inner_state = lambda state: state.inner
+  else:
+    inner_state = lambda state: metajax.first_slot(state.inner)
 
   rate = optax.linear_schedule(settings.outer_rate, settings.outer_rate_final, settings.meta_steps)
   outer = {"sgd": optax.sgd, "adam": optax.adam}[settings.outer_optimizer](rate)
@@ -580,8 +582,7 @@ def program(settings: SimpleNamespace) -> Callable[[], Any]:
   check(settings)
   picture = Path(settings.out, "learning_curve.png")
   if settings.plot_only:
-    of_seeds = sorted(log.parent for log in Path(settings.out).glob("seed*/metrics.jsonl"))
-    logs = [folders.logged(folder) for folder in of_seeds or [settings.out]]
+    logs = folders.logs_of_seeds(settings.out) or [folders.logged(settings.out)]
     return partial(reports.draw_learning_curve, logs, picture)
   folder = folders.open_folder(settings)
   if settings.seeds == 1:

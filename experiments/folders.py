@@ -167,6 +167,11 @@ def logged(out: str | os.PathLike) -> list[Record]:
   return found
 
 
+def logs_of_seeds(out: str | os.PathLike) -> list[list[Record]]:
+  """What the run of each seed in a folder has left to draw, if there are any."""
+  return [logged(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
+
+
 def replace_file(path: Path, text: str) -> None:
   """Writes a file whole, or leaves the one before as it was."""
   beside = path.with_name(path.name + ".partial")

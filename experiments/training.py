@@ -190,8 +190,7 @@ def train(
         seconds += time.perf_counter() - start
         losses = np.asarray(infos.losses)
         if not finite:
-          bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
-          where = step + 1 + int(bad[0] if len(bad) else steps - 1)
+          where = step + _diverging_step(losses)
           kept = f"meta-step {last_saved} is saved" if last_saved else "nothing was saved before"
           raise DivergedError(
             f"{folder.path} diverged at meta-step {where}, its parameters are not finite: "
@@ -215,6 +214,18 @@ def train(
     raise
   saved.close()
   return state, seconds
+
+
+def _diverging_step(losses: np.ndarray) -> int:
+  """Which of these meta-steps, from 1, made the parameters infinite, by its losses `[steps, k]`.
+
+  If L_1 of a meta-step is not finite, it started from such parameters: the one before made them.
+  """
+  bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
+  if not len(bad):
+    return len(losses)
+  inherited = not np.isfinite(losses[bad[0], 0])
+  return max(1, int(bad[0]) + (0 if inherited else 1))
 
 
 def _checking_parameters(run: Callable[..., Any]) -> Callable[..., Any]:

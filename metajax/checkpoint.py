@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,10 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from metajax.meta import MetaState
+
+# Orbax numbers the saves of a process, and reads the latest number again and again as it starts
+# one: of two that start together in two threads, one would wait for signals that never come.
+_STARTING = threading.Lock()
 
 
 class Saved(NamedTuple):
@@ -114,13 +119,14 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         saving = True
       if score is not None:
         scores[step] = score
-      manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(copy), content=ocp.args.JsonSave(beside)
-        ),
-        force=True,
-      )
+      with _STARTING:
+        manager.save(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardSave(copy), content=ocp.args.JsonSave(beside)
+          ),
+          force=True,
+        )
     except Exception as error:
       raise _unwritten(folder, error) from error
 

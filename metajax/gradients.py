@@ -11,7 +11,6 @@ import optax
 
 from metajax.inner import (
   LearnerState,
-  Step,
   forward_over_reverse,
   initial_state,
   inner_step,
@@ -183,17 +182,14 @@ def combine(
     if coefficients.size != k:
       raise ValueError(f"{coefficients.size} weights for an episode of k = {k} losses: give {k}")
 
-    def accumulate(total: Params, weight: jax.Array, step: Step) -> Params:
-      def add(total: jax.Array, grad: jax.Array, update: jax.Array) -> jax.Array:
-        return total + weight.astype(total.dtype) * (-update if of_updates else grad)
-
-      return jax.tree.map(add, total, step.grads, step.update)
-
     def advance(
       carry: tuple[LearnerState, Params], weight: jax.Array, batch: Examples
     ) -> tuple[tuple[LearnerState, Params], jax.Array]:
-      learner, step = inner_step(loss_fn, optimizer, carry[0], batch)
-      return (learner, accumulate(carry[1], weight, step)), step.loss
+      learner, total = carry
+      learner, step = inner_step(loss_fn, optimizer, learner, batch)
+      terms = jax.tree.map(jnp.negative, step.update) if of_updates else step.grads
+      total = jax.tree.map(lambda t, term: t + weight.astype(t.dtype) * term, total, terms)
+      return (learner, total), step.loss
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     carry, losses = jax.lax.scan(

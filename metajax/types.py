@@ -55,7 +55,8 @@ def num_examples(examples: Any) -> int:
   if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
     found = ", ".join(map(str, shapes)) or "no array"
     raise ValueError(
-      f"examples are arrays [n, ...] of one n, not {found}: give as many targets as inputs"
+      f"examples are arrays [n, ...] of one n, not {found}: give each the same leading axis, as "
+      "many targets as inputs"
     )
   return shapes[0][0]
 

@@ -2,8 +2,10 @@ import gc
 import re
 import shutil
 import sys
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,23 @@ def restored(folder, method="restore", like=START, blank=True):
 
 def equal(found, state):
   jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_runs_side_by_side_save_at_the_same_time(tmp_path, states):
+  """Without a lock, one of two threads that start together waits for the other's signals."""
+  together = threading.Barrier(4)
+
+  def run(number):
+    saved = checkpoints(tmp_path / str(number), keep=1)
+    for state in 3 * states:
+      together.wait()
+      saved.save(state._replace(step=state.step + number))
+    saved.close()
+
+  with ThreadPoolExecutor(4) as pool:
+    list(pool.map(run, range(4)))
+  for number in range(4):
+    equal(restored(tmp_path / str(number)).state, states[-1]._replace(step=4 + number))
 
 
 def test_the_newest_state_comes_back_whole_and_old_ones_go(tmp_path, states):

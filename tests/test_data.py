@@ -218,6 +218,32 @@ def test_mini_imagenet_from_class_folders(mini, tmp_path):
   np.testing.assert_array_equal(from_folders.train.sizes, from_archives.train.sizes)
 
 
+def test_a_class_moved_to_another_split_is_noticed(tmp_path):
+  """The same files with the same names and times, in the same order."""
+  for split, classes in (("train", ("n01", "n02")), ("test", ("n03",))):
+    for name, content in members(split, dict.fromkeys(classes, 2)).items():
+      (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / name).write_bytes(content)
+  before = mini_imagenet.load(tmp_path, cache_dir=tmp_path / "cache")
+  (tmp_path / "val").mkdir()
+  (tmp_path / "train" / "n02").rename(tmp_path / "val" / "n02")
+  after = mini_imagenet.load(tmp_path, cache_dir=tmp_path / "cache")
+  assert (len(before.train.starts), before.validation) == (2, None)
+  assert (len(after.train.starts), len(after.validation.starts)) == (1, 1)
+
+
+@pytest.mark.parametrize("opener", ["tarfile.open", "zipfile.ZipFile"])
+def test_an_archive_that_may_not_be_read_is_named(opener, tmp_path, monkeypatch):
+  def forbidden(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  archive = tmp_path / ("it.tar" if opener.startswith("tar") else "it.zip")
+  archive.touch()
+  monkeypatch.setattr(opener, forbidden)
+  with pytest.raises(DataError, match=r"it\.(tar|zip) cannot be read \(Permission denied\)"):
+    list(files.read_archive(archive, (".png",)))
+
+
 def test_the_cache_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("METAJAX_CACHE", str(tmp_path / "here"))
   assert files.cache_directory() == tmp_path / "here"

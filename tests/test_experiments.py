@@ -139,6 +139,17 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, 
   assert (out / "checkpoints" / "4").exists()  # the last one, though 3 may be the best
 
 
+@pytest.mark.parametrize(
+  ("bad", "step"), [({}, 4), ({(2, 1): np.nan}, 3), ({(2, 0): np.inf}, 2), ({(0, 0): np.nan}, 1)]
+)
+def test_the_meta_step_that_diverged_is_the_one_before_a_bad_start(bad, step):
+  losses = np.ones((4, 2))
+  for where, value in bad.items():
+    losses[where[0], where[1] :] = value
+    losses[where[0] + 1 :] = np.nan
+  assert training._diverging_step(losses) == step
+
+
 def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, monkeypatch):
   tiny = settings(out=str(tmp_path), eval_every=1, steps_per_call=1)
   build = few_shot.build
@@ -305,58 +316,74 @@ def blank():
   }
 
 
-@pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)
-def test_every_flag_file_runs(path, blank):
+def parsed(path):
+  """The settings of a flag file, as the binary would have them."""
   lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
   given = dict(line.removeprefix("--").split("=") for line in lines if "=" in line)
-  parsed = {name: flags.FLAGS[name].parser.parse(value) for name, value in given.items()}
-  row = few_shot.defaults(**parsed, adapt_norm="--noadapt_norm" not in lines)
+  values = {name: flags.FLAGS[name].parser.parse(value) for name, value in given.items()}
+  return few_shot.defaults(**values, adapt_norm="--noadapt_norm" not in lines)
+
+
+@pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)
+def test_every_flag_file_can_be_traced(path, blank):
+  row = parsed(path)
   few_shot.check(row)
-  both = "1,5" if row.algorithm == "reptile" else None  # one training run for both
-  shots = f"_{row.eval_shots[0]}shot" if both is None else ""
-  assert path.stem == f"{row.dataset}{shots}_{row.ways}way_{row.algorithm}"
-  assert both in (None, ",".join(row.eval_shots))
-  assert (row.network, row.adapt_norm) == (("paper", True) if both else ("finn", False))
   trace(row, blank[row.dataset])
 
 
-# From the tables of the paper's appendix and from Finn et al., by hand.
-HYPERPARAMETERS = {
-  "omniglot_5way_reptile": (10, 5, 1e-3, 10, 100_000, "5", 50, "sum"),
-  "omniglot_20way_reptile": (20, 10, 5e-4, 10, 200_000, "10", 50, "sum"),
-  "mini_imagenet_5way_reptile": (10, 8, 1e-3, 15, 100_000, "5,15", 50, "sum"),
-  "omniglot_1shot_5way_maml": (5, 2, 2.0, 2, 60_000, "5", 3, "mean"),
-  "omniglot_5shot_20way_fomaml": (100, 6, 2.0, 10, 60_000, "100", 5, "mean"),
-  "mini_imagenet_5shot_5way_maml": (25, 6, 0.05, 20, 60_000, "25", 10, "mean"),
+# From the paper's appendix, by hand: inner batch, inner steps, inner rate, training shots,
+# meta-iterations, and minibatches when judged.
+REPTILE = {
+  "omniglot_5way": (10, 5, 1e-3, 10, 100_000, ["5"]),
+  "omniglot_20way": (20, 10, 5e-4, 10, 200_000, ["10"]),
+  "mini_imagenet_5way": (10, 8, 1e-3, 15, 100_000, ["5", "15"]),
 }
 
 
-@pytest.mark.parametrize("name", HYPERPARAMETERS)
-def test_flag_files_hold_the_published_settings(name):
-  given = (ROOT / "experiments" / "flags" / f"{name}.flags").read_text()
-  values = dict(
-    line[2:].split("=") for line in given.splitlines() if "=" in line and line[0] == "-"
-  )
-  names = (
-    "inner_batch",
-    "inner_steps",
-    "inner_rate",
-    "train_shots",
-    "meta_steps",
-    "eval_batch",
-    "eval_steps",
-  )
-  *numbers, reduction = HYPERPARAMETERS[name]
-  assert values["eval_batch"] == numbers.pop(names.index("eval_batch"))
-  names = [name for name in names if name != "eval_batch"]
-  assert [float(values[name]) for name in names] == numbers
-  assert values["loss_reduction"] == reduction
-  if name.endswith("reptile"):
-    assert (values["outer_rate"], values["outer_rate_final"], values["meta_batch"]) == (
-      "1.0",
-      "0.0",
-      "5",
-    )
+@pytest.mark.parametrize("name", REPTILE)
+def test_reptiles_flag_files_hold_the_papers_settings(name):
+  row = parsed(ROOT / "experiments" / "flags" / f"{name}_reptile.flags")
+  found = row.inner_batch, row.inner_steps, row.inner_rate, row.train_shots, row.meta_steps
+  assert (*found, row.eval_batch) == REPTILE[name]
+  assert (row.algorithm, f"{row.dataset}_{row.ways}way") == ("reptile", name)
+  assert (row.inner_optimizer, row.loss_reduction, row.inner_state) == ("adam", "sum", "carried")
+  assert (row.outer_optimizer, row.outer_rate, row.outer_rate_final) == ("sgd", 1.0, 0.0)
+  assert (row.meta_batch, row.tail, row.minibatches) == (5, "shared", "cycling")
+  assert (row.network, row.adapt_norm, row.outer_clip) == ("paper", True, None)
+  assert (row.eval_shots, row.eval_steps, row.eval_tasks) == (["1", "5"], 50, 10_000)
+
+
+# From Finn et al. (2017) and their code, by hand, by shots: meta-batch, inner rate on N times the
+# mean loss, updates in training and in testing, queries of each class in training.
+FINN = {
+  "omniglot_1shot_5way": (32, 0.4, 1, 3, 1),
+  "omniglot_5shot_5way": (32, 0.4, 1, 3, 5),
+  "omniglot_1shot_20way": (16, 0.1, 5, 5, 1),
+  "omniglot_5shot_20way": (16, 0.1, 5, 5, 5),
+  "mini_imagenet_1shot_5way": (4, 0.01, 5, 10, 15),
+  "mini_imagenet_5shot_5way": (2, 0.01, 5, 10, 15),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "fomaml"])
+@pytest.mark.parametrize("name", FINN)
+def test_flag_files_of_maml_hold_the_settings_of_finn_et_al(name, algorithm):
+  row = parsed(ROOT / "experiments" / "flags" / f"{name}_{algorithm}.flags")
+  meta_batch, rate, updates, test_updates, queries = FINN[name]
+  (shots,) = map(int, row.eval_shots)
+  assert (row.algorithm, f"{row.dataset}_{shots}shot_{row.ways}way") == (algorithm, name)
+  assert (row.meta_batch, row.meta_steps, row.eval_tasks) == (meta_batch, 60_000, 600)
+  assert row.inner_rate == pytest.approx(rate * row.ways)  # on the mean, which is N times smaller
+  assert (row.inner_optimizer, row.loss_reduction) == ("sgd", "mean")
+  assert (row.inner_steps, row.eval_steps) == (updates + 1, test_updates)
+  assert (row.tail, row.tail_shots, row.train_shots) == ("separate", queries, shots + queries)
+  assert row.inner_batch == int(row.eval_batch[0]) == row.ways * shots  # the whole support set
+  assert (row.outer_optimizer, row.outer_rate, row.outer_rate_final) == ("adam", 1e-3, 1e-3)
+  assert (row.network, row.adapt_norm) == ("finn", False)
+  if row.dataset == "omniglot":
+    assert row.outer_clip is None
+  else:  # to 10, of a loss that is the queries' sum over the shots
+    assert row.outer_clip == pytest.approx(10 / (row.ways * queries / shots), rel=1e-5)
 
 
 def test_there_is_a_flag_file_for_every_row_of_the_tables():
@@ -420,17 +447,19 @@ FIGURE = {
 
 def test_combinations_draw_figure_3(tmp_path, glyphs):
   tiny = {**FIGURE, "curves": ["g1", "last2"], "out": str(tmp_path)}
-  result = combinations.program(combinations.defaults(**tiny))()
+  result = combinations.program(combinations.defaults(**tiny, seeds=2, seed=7))()
   assert list(result["curves"]) == ["g1", "last2"]
   for name in result["curves"]:
-    assert len(folders.logged(tmp_path / name / "seed0")) == 3
-  weights = (tmp_path / "last2" / "seed0" / "flags.txt").read_text()
+    assert [len(log) for log in folders.logs_of_seeds(tmp_path / name)] == [3, 3]
+  weights = (tmp_path / "last2" / "seed7" / "flags.txt").read_text()
   assert "--weights=0.0,1.0" in weights and "--train_shots=2" in weights
   for suffix in ("png", "svg"):
     (tmp_path / f"figure3.{suffix}").unlink()
-  combinations.program(combinations.defaults(**tiny, plot_only=True))()
+  drawn = combinations.program(combinations.defaults(out=str(tmp_path), plot_only=True))
+  assert {name: len(logs) for name, logs in drawn.args[0].items()} == {"g1": 2, "last2": 2}
+  drawn()  # all that is there, though neither seeds nor curves are given again
   with pytest.raises(ValueError, match="then --ways=3; now --ways=4"):
-    combinations.program(combinations.defaults(**tiny | {"ways": 4}))
+    combinations.program(combinations.defaults(**tiny | {"ways": 4}, seed=7))
   assert (tmp_path / "figure3.png").exists() and (tmp_path / "figure3.svg").exists()
 
 
@@ -465,13 +494,13 @@ def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
   monkeypatch.setitem(overlap.PANELS, "a", ("inner_steps", (2, 4)))
   monkeypatch.setitem(overlap.PANELS, "b", ("inner_batch", (10, 30)))
   result = overlap.program(overlap.defaults(**tiny))()
-  assert len(result["points"]) == 2 * 4 + 6 and len(asked) == len(set(asked)) == 2 * 4 + 6
+  assert len(result["points"]) == 2 * 4 + 5 and len(asked) == len(set(asked)) == 2 * 4 + 5
   accuracies = {p["x"]: p["cells"]["1-shot transductive"]["accuracy"] for p in result["points"]}
   assert (accuracies[2], accuracies[4]) == (1 / 2, 1 / 4)
   asked.clear()
   overlap.program(overlap.defaults(**tiny | {"panels": ["b"]}))()
   both = json.loads((tmp_path / "result.json").read_text())["points"]
-  assert [point["panel"] for point in both] == ["a"] * 8 + ["b"] * 8 + ["c"] * 6  # added to
+  assert [point["panel"] for point in both] == ["a"] * 8 + ["b"] * 8 + ["c"] * 5  # added to
   (tmp_path / "figure4.png").unlink()
   overlap.program(overlap.defaults(**tiny, plot_only=True))()
   assert (tmp_path / "figure4.png").exists() and (tmp_path / "figure4.svg").exists()
@@ -489,9 +518,8 @@ FIGURE_4 = {
 def test_the_points_of_figure_4():
   found = overlap.points(overlap.defaults(out="nowhere"))
   assert len({(point.panel, point.curve) for point in found}) == 4 + 4 + 1
-  assert (
-    len({one.out for point in found for one in point.runs}) == len(found) - 4
-  )  # a, b share four
+  # (a) and (b) share four runs, (b) and (c) one
+  assert len({one.out for point in found for one in point.runs}) == len(found) - 5
   for panel, curve, x, (one,) in found:
     last = [0] * (one.inner_steps - 1) + [1]
     assert one.weights == ([1] * one.inner_steps if curve.startswith("Reptile") else last)
@@ -520,6 +548,13 @@ def test_expansions_leave_their_tables_and_figures(tmp_path, monkeypatch):
   names = {path.name for path in tmp_path.iterdir()}
   pictures = {f"{name}.{suffix}" for name in ("expansions", "figure2") for suffix in ("png", "svg")}
   assert names == {"flags.txt", "result.json"} | pictures
+
+
+def test_expansions_stop_when_asked(tmp_path, monkeypatch):
+  monkeypatch.setattr(training, "stopping", lambda: True)
+  with pytest.raises(training.StoppedError, match="the same command starts over"):
+    expansions.program(expansions.defaults(waves=2, points=3, out=str(tmp_path)))()
+  assert not (tmp_path / "result.json").exists()
 
 
 def test_sine_leaves_its_table_and_figure(tmp_path):

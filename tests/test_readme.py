@@ -11,4 +11,7 @@ def test_the_examples_run():
   namespace = {}
   for block in blocks:
     exec(compile(block, README.name, "exec"), namespace)
-  assert 0.2 < namespace["mean"] <= 1.0
+  first, last = namespace["info"].losses[:, 0], namespace["info"].losses[:, -1]
+  assert last[-5:].mean() < 0.8 * first[-5:].mean()  # inner loops learn
+  assert int(namespace["found"].state.step) == 20
+  assert 0.5 < namespace["mean"] <= 1.0

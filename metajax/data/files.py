@@ -61,15 +61,16 @@ def unwritable(folder: Path, error: OSError) -> DataError:
   )
 
 
-def fingerprint(paths: Iterable[Path]) -> str:
-  """A short name for a set of files as they are now: it changes when one is replaced."""
+def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
+  """A short name for files in a folder as they are: it changes when one is replaced or moved."""
   digest = hashlib.sha256()
   for path in sorted(paths):
     try:
       status = path.stat()
     except OSError as error:  # say, of a link that leads nowhere
       raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
-    digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    name = path.relative_to(folder).as_posix()
+    digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
   return digest.hexdigest()[:16]
 
 
@@ -107,8 +108,10 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
           f"{path} holds {name}, over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image"
         )
       yield inside, content
-  except (DataError, PermissionError):
+  except DataError:
     raise
+  except PermissionError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
   except _DAMAGE as error:
     reason = " ".join(str(error).split())[:100]
     raise DataError(f"{path} is truncated or damaged ({reason}): download it again") from error

@@ -58,7 +58,7 @@ def load(
     if not sources[split]:
       raise DataError(f"{folder} has no {split} images: it should hold {_LAYOUT}")
   files = [path for split in _SPLITS for path in _files(sources[split])]
-  cache = cache_directory(cache_dir) / f"mini_imagenet-{fingerprint(files)}.npz"
+  cache = cache_directory(cache_dir) / f"mini_imagenet-{fingerprint(folder, files)}.npz"
   if not cache.is_file():
     _prepare(sources, cache)
   return _load(cache)

@@ -94,7 +94,7 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
     if missing:
       raise DataError(f"{folder} has no {' and no '.join(missing)}: download from {URL}")
     urls = {split: str(path) for split, path in paths.items()}
-    home = cache / f"omniglot-{fingerprint(paths.values())}"
+    home = cache / f"omniglot-{fingerprint(folder, paths.values())}"
 
   damaged = DataError(f"the cache {home} is damaged: delete it, and it is made again")
   try:
