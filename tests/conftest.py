@@ -6,7 +6,7 @@ import jax
 import pytest
 from archives import CHARACTERS, members, write_tar
 
-from metajax.data import omniglot
+from metajax.data import glyphs, omniglot
 
 jax.config.update("jax_num_cpu_devices", 4)  # devices to spread tasks over; one is used by default
 
@@ -29,6 +29,12 @@ def shared():
     return SHARED / name
 
   return path
+
+
+@pytest.fixture(scope="session")
+def splits():
+  """Few glyphs, enough for tiny runs."""
+  return glyphs.load(train_classes=20, test_classes=5)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import optax
 import pytest
 from archives import CHARACTERS, jpeg, png, write_omniglot, write_tar
 from PIL import Image
-from problems import episode, examples, softmax_loss, weights
+from problems import TINY, episode, examples, softmax_loss, weights
 
 import metajax
 from experiments import combinations, expansions, few_shot, folders, overlap, sine
@@ -47,11 +47,6 @@ def cases(table):
 
 # Flags of few_shot
 
-TINY = {
-  "ways": 3, "eval_shots": ["1"], "train_shots": 3, "filters": 2, "inner_batch": 3,
-  "inner_steps": 2, "meta_batch": 2, "meta_steps": 4, "eval_batch": ["3"], "eval_steps": 2,
-  "eval_tasks": 4, "eval_every": 2, "curve_tasks": 2,
-}  # fmt: skip
 SEPARATE, COMBINE = {"tail": "separate"}, {"algorithm": "combine"}
 MAML, CHUNKED = {"algorithm": "maml"}, {"execution": "chunked"}
 
@@ -122,11 +117,6 @@ FEW_SHOT = [
   ("no folder", {"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder: give"),
   ("unwritable out", {"out": "/dev/null/run"}, "cannot be written .*: choose another folder"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def splits():
-  return glyphs.load(train_classes=20, test_classes=5)
 
 
 @pytest.mark.parametrize(("bad", "pattern"), cases(FEW_SHOT))

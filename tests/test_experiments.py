@@ -9,23 +9,14 @@ from absl import flags
 
 import metajax
 from experiments import combinations, common, expansions, few_shot, folders, overlap, sine, training
+from tests.problems import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAG_FILES = sorted((ROOT / "experiments" / "flags").glob("*.flags"))
-TINY = {
-  "ways": 3, "eval_shots": ["1"], "train_shots": 3, "filters": 2, "inner_batch": 3,
-  "inner_steps": 2, "meta_batch": 2, "meta_steps": 4, "eval_batch": ["3"], "eval_steps": 2,
-  "eval_tasks": 4, "eval_every": 2, "curve_tasks": 2,
-}  # fmt: skip
 
 
 def settings(**changes):
   return few_shot.defaults(**{**TINY, **changes})
-
-
-@pytest.fixture(scope="module")
-def splits():
-  return metajax.data.glyphs.load(train_classes=20, test_classes=5)
 
 
 @pytest.fixture(scope="module")
