@@ -31,7 +31,7 @@ ITERATIONS, BATCH = 4, 25  # where they are not varied
 PANELS = {
   "a": ("inner_steps", (2, 3, 4, 5, 7, 10, 15)),
   "b": ("inner_batch", (10, 25, 50, 100)),
-  "c": ("outer_rate", tuple(2.0**e for e in (-7.5, -5, -2, 2, 5))),  # that of (a) and (b) is 2^-2
+  "c": ("outer_rate", tuple(2.0**e for e in (-7.5, -5, -2, 5))),  # that of (a) and (b) is 2^-2
 }
 _LABELS = {
   "inner_steps": "inner iterations",

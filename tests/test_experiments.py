@@ -485,13 +485,13 @@ def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
   monkeypatch.setitem(overlap.PANELS, "a", ("inner_steps", (2, 4)))
   monkeypatch.setitem(overlap.PANELS, "b", ("inner_batch", (10, 30)))
   result = overlap.program(overlap.defaults(**tiny))()
-  assert len(result["points"]) == 2 * 4 + 5 and len(asked) == len(set(asked)) == 2 * 4 + 5
+  assert len(result["points"]) == 2 * 4 + 4 and len(asked) == len(set(asked)) == 2 * 4 + 4
   accuracies = {p["x"]: p["cells"]["1-shot transductive"]["accuracy"] for p in result["points"]}
   assert (accuracies[2], accuracies[4]) == (1 / 2, 1 / 4)
   asked.clear()
   overlap.program(overlap.defaults(**tiny | {"panels": ["b"]}))()
   both = json.loads((tmp_path / "result.json").read_text())["points"]
-  assert [point["panel"] for point in both] == ["a"] * 8 + ["b"] * 8 + ["c"] * 5  # added to
+  assert [point["panel"] for point in both] == ["a"] * 8 + ["b"] * 8 + ["c"] * 4  # added to
   (tmp_path / "figure4.png").unlink()
   overlap.program(overlap.defaults(**tiny, plot_only=True))()
   assert (tmp_path / "figure4.png").exists() and (tmp_path / "figure4.svg").exists()
