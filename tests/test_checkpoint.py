@@ -64,7 +64,7 @@ def equal(found, state):
 
 def test_runs_side_by_side_save_at_the_same_time(tmp_path, states):
   """Without a lock, one of two threads that start together waits for the other's signals."""
-  together = threading.Barrier(4)
+  together = threading.Barrier(4, timeout=120)  # if one fails, so do the others
 
   def run(number):
     saved = checkpoints(tmp_path / str(number), keep=1)
