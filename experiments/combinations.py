@@ -59,7 +59,9 @@ def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
   unknown = sorted(set(settings.curves) - set(CURVES))
   if unknown or not settings.curves:
     raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
-  common.refuse(settings, "weights", "inner_steps", "train_shots")
+  common.refuse(
+    settings, "weights", "inner_steps", "train_shots", algorithm="combine", tail="shared"
+  )
   if "test" not in settings.curve_splits:
     raise ValueError("--curve_splits must have test, which is what the figure shows")
   chosen = common.changed(settings)
@@ -86,6 +88,7 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
     for of_seeds in zip(*by_curve.values(), strict=True)
     for name, one in zip(by_curve, of_seeds, strict=True)
   ]
+  many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # a long one begun last ends alone
   results = dict(zip((one.out for _, one in many), few_shot.run_all(many), strict=True))
   folder = folders.open_folder(_of_figure(settings))
   before = folder.result() or {"curves": {}, "seeds": settings.seeds}
@@ -115,6 +118,8 @@ def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -
 
 def draw(logs: Logs, path: Path) -> None:
   """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
+  seeds = min(map(len, logs.values()))  # of a run under way, those that all curves have
+  logs = {name: of_seeds[:seeds] for name, of_seeds in logs.items()}
   first = next(iter(logs.values()))[0][0]["test"]
   cell = next(name for name in first if name.endswith("transductive"))
   with reports.drawing(path, figsize=(12.0, 4.8)) as figure:
@@ -128,12 +133,11 @@ def draw(logs: Logs, path: Path) -> None:
       color = f"C{len(weights) - 1}"
       for axes in (whole, upper):
         axes.plot(steps, mean, style, color=color, label=label)
-        axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, lw=0)
+      whole.fill_between(steps, mean - band, mean + band, color=color, alpha=0.15, lw=0)
     whole.set(xlabel="meta-steps", ylabel="accuracy on test tasks (%)", ylim=(0, 100))
-    upper.set(xlabel="meta-steps", title="the same above 80 %", ylim=(80, 100))
+    upper.set(xlabel="meta-steps", title="the same, above 85 % and without bands", ylim=(85, 100))
     for axes in (whole, upper):
       axes.grid(alpha=0.3)
-    seeds = min(map(len, logs.values()))
     title = f"{cell},\nrunning mean of 5 points;\n{reports.band_title(seeds)}"
     lines = whole.get_legend_handles_labels()
     figure.legend(*lines, title=title, fontsize=8, title_fontsize=8, loc="outside right center")

@@ -51,7 +51,9 @@ def defaults(own_flags: Iterable[flags.FlagHolder], **changes: Any) -> SimpleNam
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """As absl does, but what is wrong is one line."""
+  """As absl does, but what is wrong is one line, and --help lists the shared flags as well."""
+  for flag in _SHARED_FLAGS:
+    flags.FLAGS.register_key_flag_for_module(argv[0], flags.FLAGS[flag.name])
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -224,12 +226,12 @@ def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
     raise ValueError("--plot_only draws what --out holds, --fresh starts over: give one of them")
 
 
-def refuse(settings: SimpleNamespace, *decided: str) -> None:
-  """Flags that an experiment decides by itself, or has no use for.
+def refuse(settings: SimpleNamespace, *decided: str, **fixed: Any) -> None:
+  """Flags that an experiment decides by itself, or has no use for, and those it has one value for.
 
   Raises:
-    ValueError: if one is given.
+    ValueError: if one is given, or another value.
   """
-  for name in decided:
-    if getattr(settings, name) is not None:
+  for name, value in {**dict.fromkeys(decided), **fixed}.items():
+    if getattr(settings, name) != value:
       raise ValueError(f"--{name} is not for this experiment to be given: leave it out")

@@ -421,6 +421,12 @@ def _judge(
   return jax.jit(judge, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
 
+def _mesh(settings: SimpleNamespace) -> jax.sharding.Mesh:
+  """All devices if tasks are spread over them; else one, where all would do the same work."""
+  one = settings.execution not in _SPREAD and jax.process_count() == 1
+  return metajax.task_mesh(jax.devices()[:1] if one else None)
+
+
 def prepare(
   settings: SimpleNamespace, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Experiment, folders.RunFolder]:
@@ -428,14 +434,14 @@ def prepare(
 
   Args:
     settings: of one run, `out` included.
-    mesh: where to run; by default all devices.
+    mesh: where to run; by default all devices if tasks are spread over them, else one.
 
   Raises:
     ValueError: if a flag or the data is no good; nothing has been written over then.
   """
   check(settings)
   folder = folders.open_folder(settings)
-  mesh = metajax.task_mesh() if mesh is None else mesh
+  mesh = _mesh(settings) if mesh is None else mesh
   splits = training.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
   conditions = [folders.describe(splits)]
@@ -541,8 +547,7 @@ def check_all(many: Sequence[SimpleNamespace]) -> None:
   for settings in many:
     check(settings)
     folders.open_folder(settings)
-    mesh = metajax.task_mesh(None if settings.execution in _SPREAD else jax.devices()[:1])
-    build(settings, splits, mesh)
+    build(settings, splits, _mesh(settings))
 
 
 def run_all(

@@ -169,7 +169,8 @@ def logged(out: str | os.PathLike) -> list[Record]:
 
 def logs_of_seeds(out: str | os.PathLike) -> list[list[Record]]:
   """What the run of each seed in a folder has left to draw, if there are any."""
-  return [logged(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
+  logs = [read_records(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
+  return [records for records in logs if records]
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -36,7 +36,7 @@ PANELS = {
 _LABELS = {
   "inner_steps": "inner iterations",
   "inner_batch": "inner batch size",
-  "outer_rate": "initial outer step, full batches of 100",
+  "outer_rate": "initial outer step, full batches",
 }
 
 # fmt: off
@@ -74,7 +74,15 @@ def points(settings: SimpleNamespace) -> list[Point]:
   unknown = sorted(set(settings.panels) - set(PANELS))
   if unknown or not settings.panels or len(set(settings.panels)) < len(settings.panels):
     raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once")
-  common.refuse(settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches")
+  common.refuse(
+    settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches", algorithm="combine"
+  )
+  examples, largest = settings.ways * settings.train_shots, max(PANELS["b"][1])
+  if "b" in settings.panels and examples < largest:
+    raise ValueError(
+      f"--panels=b has minibatches of {largest} and tasks of {examples} training examples: "
+      "raise --train_shots, or leave panel b out"
+    )
   found = []
   for panel in settings.panels:
     name, values = PANELS[panel]

@@ -45,7 +45,7 @@ class MetaGradient(NamedTuple):
 def reptile(
   loss_fn: LossFn, optimizer: optax.GradientTransformation, *, stepsize: float | jax.Array = 1.0
 ) -> MetaGradient:
-  """Reptile: (phi - U^k(phi)) / stepsize (Algorithm 1 and Section 4).
+  """Reptile: (phi - U^k(phi)) / stepsize (Algorithm 1, Section 3).
 
   With `stepsize=1` and outer SGD of rate epsilon this is phi <- phi + epsilon (phi~ - phi). With
   inner SGD of rate alpha and `stepsize=alpha` it is g_1 + ... + g_k.

@@ -144,6 +144,8 @@ FIGURES = [
   ("unknown curve", combinations, {"curves": ["g9"]}, "--curves must be any of g1, mean2"),
   ("own weights", combinations, {"weights": ["1"]}, "--weights is not for this .* leave it out"),
   ("own steps", combinations, {"inner_steps": 3}, "--inner_steps is not for this .* leave it out"),
+  ("own algorithm", combinations, {"algorithm": "maml"}, "--algorithm is not for this .* leave"),
+  ("own tail", combinations, {"tail": "separate"}, "--tail is not for this .* leave it out"),
   ("no test curve", combinations, {"curve_splits": ["train"]}, "--curve_splits must have test"),
   ("draw what", combinations, {"plot_only": True, "out": None}, "give an --out"),
   ("no ways", combinations, {"ways": 0}, "--ways=0 must be at least"),
@@ -153,6 +155,7 @@ FIGURES = [
   ("own minibatch", overlap, {"inner_batch": 3}, "--inner_batch is not for this .* leave it out"),
   ("nothing to draw", overlap, {"plot_only": True}, "holds no complete run to draw: train it"),
   ("negative rate", overlap, {"outer_rate": -1.0}, "--outer_rate=-1.0 must be positive"),
+  ("few examples", overlap, {"train_shots": 10}, "--panels=b has .* raise --train_shots, or"),
   ("tail too long", overlap, {"tail_shots": 20}, "leaves none of --train_shots=20 .* raise"),
   ("no waves", expansions, {"waves": 0}, "--waves=0 must be at least 1"),
   ("no points", expansions, {"points": -1}, "--points=-1 must be at least 1"),
@@ -191,6 +194,13 @@ def test_a_binary_ends_with_one_line(module, bad, line, tmp_path):
   assert ended.returncode == 1 and ended.stdout == ""
   assert ended.stderr.splitlines() == [line]
   assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_the_shared_flags():
+  command = [sys.executable, "-m", "experiments.sine", "--help"]
+  shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+  for flag in ("--meta_steps", "--out", "--seeds", "--[no]plot_only"):
+    assert flag in shown
 
 
 # Arrays

@@ -414,6 +414,11 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
   assert picture.exists()
   with pytest.raises(ValueError, match="holds no run to draw"):
     few_shot.program(settings(out=str(tmp_path / "nothing"), plot_only=True))
+  (out / "seed4" / "metrics.jsonl").write_text(
+    ""
+  )  # as a run leaves it that has not been judged yet
+  (log,) = few_shot.program(settings(out=str(out), plot_only=True)).args[0]
+  assert len(log) > 1
 
 
 def test_an_exception_in_one_of_several_runs_ends_all():
