@@ -418,7 +418,7 @@ def _judge(
     indices = first + jnp.arange(TASKS_PER_CALL)
     return metajax.map_tasks(one, mesh)((params, inner_state, key), indices)
 
-  return jax.jit(judge, out_shardings=jax.NamedSharding(mesh, jax.P()))
+  return judge
 
 
 def _mesh(settings: SimpleNamespace) -> jax.sharding.Mesh:
@@ -465,6 +465,7 @@ def run(
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   everywhere = jax.NamedSharding(experiment.mesh, jax.P())
   inner_state_of = jax.jit(experiment.inner_state, out_shardings=everywhere)
+  programs: dict[tuple[str, str], Judge] = {}  # by split and shots
 
   def judge(
     state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
@@ -488,7 +489,12 @@ def run(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"
               )
-            found = judge(state.params, inner_state, key, np.int32(first))
+            arguments = (state.params, inner_state, key, np.int32(first))
+            if (split, shots) not in programs:
+              programs[split, shots] = training.compiled(
+                judge, experiment.mesh, *arguments, out_shardings=everywhere
+              )
+            found = programs[split, shots](*arguments)
             found = jax.device_get(jax.block_until_ready(found))
             part = {protocol: column.tolist() for protocol, column in found.items()}
             if log:

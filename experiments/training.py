@@ -4,10 +4,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -16,9 +18,6 @@ import metajax
 from experiments import folders
 from experiments.folders import Record, RunFolder
 from metajax.checkpoint import checkpoints
-
-# A data set that a program closes over becomes an argument of it, not a constant copied into it.
-jax.config.update("jax_use_simplified_jaxpr_constants", True)
 
 T = TypeVar("T")
 _STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
@@ -47,6 +46,25 @@ def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.device_put(leaf, everywhere)
 
   return jax.tree.map(place, tree)
+
+
+def compiled(
+  function: Callable[..., T], mesh: jax.sharding.Mesh, *arguments: Any, **options: Any
+) -> Callable[..., T]:
+  """The function, compiled for such arguments, with jit's options but for static arguments.
+
+  Arrays that it closes over become arguments of the program. A data set would else be a constant of
+  each program: slow to compile, and written to the compilation cache with it.
+  """
+  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  constants = on_mesh(program.consts, mesh)
+
+  def with_constants(*arguments: Any, constants: Any) -> T:
+    flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(program.jaxpr, constants))
+    return jax.tree.unflatten(jax.tree.structure(shapes), flat(*jax.tree.leaves(arguments)))
+
+  executable = jax.jit(with_constants, **options).lower(*arguments, constants=constants).compile()
+  return partial(executable, constants=constants)
 
 
 def stop() -> None:
@@ -183,7 +201,7 @@ def train(
         steps = min(steps_per_call, until_evaluation)
         if steps not in programs:
           many_steps = _checking_parameters(metajax.run(learner, sample_episodes, steps))
-          programs[steps] = jax.jit(many_steps, donate_argnums=0).lower(state, key).compile()
+          programs[steps] = compiled(many_steps, mesh, state, key, donate_argnums=0)
         start = time.perf_counter()
         with jax.transfer_guard("disallow"):  # all of it on the device, sampling included
           state, infos, finite = jax.block_until_ready(programs[steps](state, key))

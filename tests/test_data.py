@@ -47,6 +47,14 @@ def test_a_task_is_sound(sizes):
   assert seen <= everything and len(seen) > 0.8 * len(everything)
 
 
+def test_inputs_may_be_an_argument_of_the_program():
+  classes, sizes = numbered_classes([6] * 8), {"ways": 3, "train_shots": 2, "test_shots": 0}
+  of_inputs = lambda inputs: few_shot.sample_task(classes._replace(inputs=inputs), **sizes)
+  found = jax.jit(lambda inputs, key: of_inputs(inputs)(key))(classes.inputs, KEY)
+  expected = few_shot.sample_task(classes, **sizes)(KEY)
+  np.testing.assert_array_equal(found.train.inputs, expected.train.inputs)
+
+
 def test_classes_and_labels_are_drawn_evenly():
   classes = numbered_classes([4] * 6)
   sample = few_shot.sample_task(classes, ways=2, train_shots=1, test_shots=0)

@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -419,6 +420,18 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
   )  # as a run leaves it that has not been judged yet
   (log,) = few_shot.program(settings(out=str(out), plot_only=True)).args[0]
   assert len(log) > 1
+
+
+def test_what_a_program_closes_over_is_an_argument_of_it():
+  data = jnp.asarray(np.random.default_rng(0).normal(size=50_000))
+  look_up = lambda state, rows: (state + 1, jax.lax.map(lambda row: data[row], rows))
+  state, rows = training.on_mesh((jnp.zeros(3), jnp.array([7, 1])), metajax.task_mesh())
+  program = training.compiled(look_up, metajax.task_mesh(), state, rows, donate_argnums=0)
+  assert program.func.memory_analysis().argument_size_in_bytes >= data.nbytes
+  assert len(program.func.as_text()) < data.nbytes / 10  # XLA prints constants, if there are any
+  after, found = program(state, rows)
+  assert state.is_deleted() and (after == 1).all()
+  assert (found == data[jnp.array([7, 1])]).all()
 
 
 def test_an_exception_in_one_of_several_runs_ends_all():

@@ -78,7 +78,9 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   """Draws `ways` classes, and `train_shots + test_shots` different examples of each.
 
   Args:
-    classes: where to draw from; the function that is returned closes over its arrays.
+    classes: where to draw from. The function that is returned closes over its arrays, and jit makes
+      them constants of the program; if they are large, pass `inputs` as an argument of it, and
+      `classes._replace(inputs=inputs)` here.
     ways: classes in a task; their labels are 0 ... ways - 1.
     train_shots: examples of each class to adapt on.
     test_shots: examples of each class to be judged on.
