@@ -193,19 +193,16 @@ def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
   if len(found) == 1:
     return found[0]
   column = lambda name: np.array([one[name] for one in found])
-  seconds = [one["train_seconds"] for one in found if "train_seconds" in one]
-  trained = {"train_seconds": round(float(np.mean(seconds)), 3)} if seconds else {}
-  return (
-    found[0]
-    | trained
-    | {
-      "loss": column("loss").mean(axis=0).round(6).tolist(),
-      "interval95": column("interval95").mean(axis=0).round(6).tolist(),
-      "deviation_between_seeds": column("loss").std(axis=0, ddof=1).round(6).tolist(),
-      "largest_prediction_before": float(column("largest_prediction_before").max()),
-      "seeds": len(found),
-    }
-  )
+  over = {
+    "loss": column("loss").mean(axis=0).round(6).tolist(),
+    "interval95": column("interval95").mean(axis=0).round(6).tolist(),
+    "deviation_between_seeds": column("loss").std(axis=0, ddof=1).round(6).tolist(),
+    "largest_prediction_before": float(column("largest_prediction_before").max()),
+    "seeds": len(found),
+  }
+  if "train_seconds" in found[0]:  # not of the random initialization
+    over["train_seconds"] = round(float(column("train_seconds").mean()), 3)
+  return found[0] | over
 
 
 def report(result: dict[str, Any]) -> None:

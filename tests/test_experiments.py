@@ -415,11 +415,14 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
   assert picture.exists()
   with pytest.raises(ValueError, match="holds no run to draw"):
     few_shot.program(settings(out=str(tmp_path / "nothing"), plot_only=True))
-  (out / "seed4" / "metrics.jsonl").write_text(
-    ""
-  )  # as a run leaves it that has not been judged yet
+  (out / "seed4" / "metrics.jsonl").write_text("")  # of a run that has not been judged yet
   (log,) = few_shot.program(settings(out=str(out), plot_only=True)).args[0]
   assert len(log) > 1
+
+
+def test_only_runs_that_spread_their_tasks_take_all_devices():
+  sizes = {name: few_shot._mesh(settings(execution=name)).size for name in ("serial", "sharded")}
+  assert sizes == {"serial": 1, "sharded": len(jax.devices())} and len(jax.devices()) > 1
 
 
 def test_what_a_program_closes_over_is_an_argument_of_it():
