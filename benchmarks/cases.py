@@ -138,7 +138,9 @@ def inner_optimizer(case: Case) -> str:
 
 def _inner(case: Case) -> optax.GradientTransformation:
   name = inner_optimizer(case)
-  return optax.adam(INNER_RATES[name], b1=0.0) if name == "adam" else optax.sgd(INNER_RATES[name])
+  if name == "sgd":
+    return optax.sgd(INNER_RATES[name])
+  return metajax.carried(optax.adam(INNER_RATES[name], b1=0.0))
 
 
 def random_episodes(case: Case, inputs: tuple[int, ...]) -> metajax.Episode:
@@ -214,14 +216,14 @@ def _meta_step(
   )
   chunk = min(case.chunk, case.meta_batch)
   if case.execution == "serial":
-    gradient = metajax.serial(gradient)
+    execution = metajax.serial(case.meta_batch)
   elif case.execution == "sharded":
-    gradient = metajax.sharded(gradient, case.meta_batch, chunk=chunk)
+    execution = metajax.sharded(case.meta_batch, chunk=chunk)
   else:
     chunked = case.execution == "chunked"
-    gradient = metajax.batched(gradient, case.meta_batch, chunk=chunk if chunked else None)
+    execution = metajax.vmapped(case.meta_batch, chunk=chunk if chunked else None)
   # With momentum, the outer optimizer's first trace is the gradient itself, to be judged.
-  learner = metajax.meta_learner(gradient, optax.sgd(0.1, momentum=0.9))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1, momentum=0.9), execution)
   if case.execution == "sharded":
     params = jax.device_put(params, jax.NamedSharding(metajax.task_mesh(), jax.P()))
   return learner.step, (learner.init(params), _placed(case, episodes))
@@ -232,16 +234,16 @@ def _evaluation(
 ) -> tuple[Any, tuple]:
   """k steps on the pool, then the tail's inputs predicted together."""
   schedule = metajax.cycling(case.inner_steps, case.batch)
-  adapt = metajax.evaluate(
-    loss_of(case, model), _inner(case), schedule, metajax.transductive(model.apply)
-  )
+  gradient = metajax.reptile(loss_of(case, model), _inner(case))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.vmapped(1))
+  adapt = metajax.evaluate(learner, schedule, metajax.transductive(model.apply))
 
-  def one(params: Any, episode: metajax.Episode) -> Any:
-    return adapt(params, None, jax.random.key(0), metajax.Task(episode.pool, episode.tail))
+  def one(state: metajax.MetaState, episode: metajax.Episode) -> Any:
+    return adapt(state, jax.random.key(0), metajax.Task(episode.pool, episode.tail))
 
   mesh = metajax.task_mesh(None if case.execution == "sharded" else jax.devices()[:1])
   chunk = case.meta_batch if case.execution == "vmap" else case.chunk
-  return metajax.map_tasks(one, mesh, chunk=chunk), (params, _placed(case, episodes))
+  return metajax.map_tasks(one, mesh, chunk=chunk), (learner.init(params), _placed(case, episodes))
 
 
 def _placed(case: Case, episodes: metajax.Episode) -> metajax.Episode:

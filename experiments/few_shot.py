@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
@@ -28,7 +27,7 @@ from experiments import common, folders, reports, training
 TASKS_PER_CALL = 25  # of a judge: one program, whatever the number of tasks
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
 
-# (params, inner_state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, from task `first` on
+# (state, key, first) -> {protocol: accuracies [TASKS_PER_CALL]}, of the tasks from `first` on
 Judge = Callable[..., dict[str, jax.Array]]
 
 _GLYPHS, _OMNIGLOT, _MINI_IMAGENET = "glyphs", "omniglot", "mini_imagenet"
@@ -79,10 +78,10 @@ FLAGS = (
   flags.DEFINE_integer("steps_per_call", 25,
     "Meta-steps in one call of the compiled loop: between two updates of the progress bar."),
   flags.DEFINE_enum("execution", "sharded",
-    ["sharded", "sharded_serial", "vmap", "serial", "chunked"],
-    "A meta-batch spread over all devices, each task with an inner state of its own or each device "
-    "with one; or on one device: at once, one task after another with one inner state, or --chunk "
-    "at a time."),
+    ["sharded", "vmap", "serial", "chunked"],
+    "How the tasks of a meta-batch run: spread over all devices, or on one device all at once, one "
+    "after another or --chunk at a time. A carried inner state is one for all tasks with serial, "
+    "and one for each task of the meta-batch otherwise."),
   flags.DEFINE_integer("chunk", None,
     "Tasks at once, with sharded on each device; by default one on CPU."),
   flags.DEFINE_integer("filters", None, "Of every convolution; by default the paper's."),
@@ -124,7 +123,7 @@ PLAIN_SGD: dict[str, Any] = {
 }
 
 _TEST_TASKS = "test_tasks.jsonl"
-_SPREAD = ("sharded", "sharded_serial")  # executions
+_SPREAD = "sharded"  # the execution that uses all devices
 
 _AT_LEAST_ONE = (
   "train_shots",
@@ -144,8 +143,8 @@ class Experiment(NamedTuple):
 
   model: metajax.Model
   learner: metajax.MetaLearner
-  sample_episodes: Callable[[jax.Array], metajax.Episode]
-  inner_state: Callable[[metajax.MetaState], Any]  # what an evaluation starts from
+  sample_task: training.SampleTask
+  make_episode: training.MakeEpisode
   judges: dict[str, dict[str, Judge]]  # by split, "train" and "test", and shots, as "5-shot"
   mesh: jax.sharding.Mesh
 
@@ -313,6 +312,8 @@ def build(
     inner = optax.sgd(settings.inner_rate)
   if not settings.adapt_norm:
     inner = optax.chain(inner, optax.masked(optax.set_to_zero(), _of_norms))
+  if settings.inner_state == "carried":
+    inner = metajax.carried(inner)
 
   estimators = {
     "reptile": metajax.reptile,
@@ -324,25 +325,13 @@ def build(
     ),
   }
   gradient = estimators[settings.algorithm](loss, inner)
-  if settings.inner_state == "fresh":
-    gradient = metajax.stateless(gradient)
-  spread = settings.execution in _SPREAD
   if settings.execution == "serial":
-    gradient = metajax.serial(gradient)
-  elif settings.execution == "sharded_serial":
-    gradient = metajax.per_device(metajax.serial(gradient), settings.meta_batch, mesh)
+    execution = metajax.serial(settings.meta_batch)
   elif settings.execution == "sharded":
-    gradient = metajax.sharded(gradient, settings.meta_batch, mesh, chunk=settings.chunk)
+    execution = metajax.sharded(settings.meta_batch, mesh, chunk=settings.chunk)
   else:
     chunk = (settings.chunk or 1) if settings.execution == "chunked" else None
-    gradient = metajax.batched(gradient, settings.meta_batch, chunk=chunk)
-  inner_state: Callable[[metajax.MetaState], Any]
-  if settings.inner_state == "fresh":
-    inner_state = lambda state: None
-  elif settings.execution == "serial":
-    inner_state = lambda state: state.inner
-  else:
-    inner_state = lambda state: metajax.first_slot(state.inner)
+    execution = metajax.vmapped(settings.meta_batch, chunk=chunk)
 
   rate = optax.linear_schedule(settings.outer_rate, settings.outer_rate_final, settings.meta_steps)
   outer = {"sgd": optax.sgd, "adam": optax.adam}[settings.outer_optimizer](rate)
@@ -359,17 +348,15 @@ def build(
     train_shots=settings.train_shots - held_back,
     test_shots=held_back,
   )
-  make_episode = tail(draw(steps, settings.inner_batch))
+  learner = metajax.meta_learner(gradient, outer, execution)
   return Experiment(
     model,
-    metajax.meta_learner(gradient, outer),
-    metajax.sample_episodes(
-      sample_task, make_episode, settings.meta_batch, mesh if spread else None
-    ),
-    inner_state,
+    learner,
+    sample_task,
+    tail(draw(steps, settings.inner_batch)),
     {
       split: {
-        f"{shots}-shot": _judge(settings, shots, batch, classes, model, loss, inner, mesh)
+        f"{shots}-shot": _judge(settings, shots, batch, classes, model, learner, mesh)
         for shots, batch in _shots_and_batches(settings)
       }
       for split, classes in (("train", splits.train), ("test", splits.test))
@@ -384,8 +371,7 @@ def _judge(
   batch: int,
   classes: metajax.data.Classes,
   model: metajax.Model,
-  loss: Any,
-  inner: optax.GradientTransformation,
+  learner: metajax.MetaLearner,
   mesh: jax.sharding.Mesh,
 ) -> Judge:
   """Accuracy on tasks of these classes by both protocols, after one adaptation."""
@@ -397,33 +383,20 @@ def _judge(
     "inductive": metajax.inductive(model.apply),
   }
   adapt_and_predict = metajax.evaluate(
-    loss,
-    inner,
+    learner,
     metajax.cycling(settings.eval_steps, batch),
     lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
   )
 
-  def one(shared: Any, index: jax.Array) -> dict[str, jax.Array]:
-    params, inner_state, key = shared
-    task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
-    task = sample_task(task_key)
-    outputs = adapt_and_predict(params, inner_state, batch_key, task)
-    return {
-      name: metajax.losses.accuracy(output, task.test.targets) for name, output in outputs.items()
-    }
+  def accuracies(outputs: dict[str, jax.Array], targets: jax.Array) -> dict[str, jax.Array]:
+    return {name: metajax.losses.accuracy(output, targets) for name, output in outputs.items()}
 
-  def judge(
-    params: Any, inner_state: Any, key: jax.Array, first: jax.Array
-  ) -> dict[str, jax.Array]:
-    indices = first + jnp.arange(TASKS_PER_CALL)
-    return metajax.map_tasks(one, mesh)((params, inner_state, key), indices)
-
-  return judge
+  return metajax.judge(adapt_and_predict, sample_task, accuracies, TASKS_PER_CALL, mesh)
 
 
 def _mesh(settings: SimpleNamespace) -> jax.sharding.Mesh:
   """All devices if tasks are spread over them; else one, where all would do the same work."""
-  one = settings.execution not in _SPREAD and jax.process_count() == 1
+  one = settings.execution != _SPREAD and jax.process_count() == 1
   return metajax.task_mesh(jax.devices()[:1] if one else None)
 
 
@@ -445,8 +418,8 @@ def prepare(
   splits = training.on_mesh(load(settings), mesh)
   experiment = build(settings, splits, mesh)
   conditions = [folders.describe(splits)]
-  if settings.execution in _SPREAD:
-    each = -(-settings.meta_batch // mesh.size) if settings.execution == "sharded" else 1
+  if settings.execution == _SPREAD and settings.inner_state == "carried":
+    each = -(-settings.meta_batch // mesh.size)
     conditions.append(f"inner states: {each * mesh.size}")
   folder.begin(*conditions)
   return experiment, folder
@@ -464,15 +437,12 @@ def run(
   state = experiment.learner.init(jax.jit(experiment.model.init)(init_key))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   everywhere = jax.NamedSharding(experiment.mesh, jax.P())
-  inner_state_of = jax.jit(experiment.inner_state, out_shardings=everywhere)
   programs: dict[tuple[str, str], Judge] = {}  # by split and shots
 
   def judge(
     state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
   ) -> dict[str, Any]:
     """Accuracy on each task, by cell; with a log, what is in it is not computed again."""
-    # Programs that communicate run one at a time: two processes may take several in other orders.
-    inner_state = jax.block_until_ready(inner_state_of(state))
     logged = folder.keep(name=log) if log else []
     done = {(part["shots"], part["first"]): part["accuracy"] for part in logged}
     values = {}
@@ -489,11 +459,12 @@ def run(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"
               )
-            arguments = (state.params, inner_state, key, np.int32(first))
+            arguments = (state, key, np.int32(first))
             if (split, shots) not in programs:
               programs[split, shots] = training.compiled(
                 judge, experiment.mesh, *arguments, out_shardings=everywhere
               )
+            # One program at a time: two processes might start several in different orders.
             found = programs[split, shots](*arguments)
             found = jax.device_get(jax.block_until_ready(found))
             part = {protocol: column.tolist() for protocol, column in found.items()}
@@ -515,7 +486,8 @@ def run(
 
   state, seconds = training.train(
     experiment.learner,
-    experiment.sample_episodes,
+    experiment.sample_task,
+    experiment.make_episode,
     state,
     train_key,
     meta_steps=settings.meta_steps,
@@ -583,7 +555,7 @@ def run_all(
       tqdm.write(f"{label}: {error}; it counts as guessing")
       return result
 
-  if any(settings.execution in _SPREAD for _, settings in many):
+  if any(settings.execution == _SPREAD for _, settings in many):
     return [job(label, settings, None) for label, settings in many]
   return training.side_by_side([partial(job, label, settings) for label, settings in many])
 

@@ -132,10 +132,11 @@ def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict
     return complete
   method, keys = methods()[name], keys_of(settings.seed)
   rate = optax.linear_schedule(method.outer_rate, 0.0, settings.meta_steps)
-  learner = metajax.meta_learner(metajax.batched(method.gradient, 1), method.outer(rate))
+  learner = metajax.meta_learner(method.gradient, method.outer(rate), metajax.vmapped(1))
   state, seconds = training.train(
     learner,
-    metajax.sample_episodes(method.sample_task, method.make_episode, 1),
+    method.sample_task,
+    method.make_episode,
     learner.init(jax.jit(MODEL.init)(keys.init)),
     keys.train,
     meta_steps=settings.meta_steps,

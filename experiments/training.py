@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.extend
@@ -20,6 +20,8 @@ from experiments.folders import Record, RunFolder
 from metajax.checkpoint import checkpoints
 
 T = TypeVar("T")
+SampleTask = Callable[[jax.Array], metajax.Task]
+MakeEpisode = Callable[[jax.Array, metajax.Task], metajax.Episode]
 _STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
 
 
@@ -65,6 +67,22 @@ def compiled(
 
   executable = jax.jit(with_constants, **options).lower(*arguments, constants=constants).compile()
   return partial(executable, constants=constants)
+
+
+class Losses(NamedTuple):
+  """The losses of the inner steps, added over meta-steps."""
+
+  meta_steps: int = 0
+  totals: Sequence[float] = ()  # the sum of L_i over them, [k]
+
+  def add(self, losses: np.ndarray) -> "Losses":
+    """With the losses `[steps, k]` of more meta-steps."""
+    totals = losses.astype(np.float64).sum(axis=0)
+    before = np.asarray(self.totals) if self.meta_steps else 0.0
+    return Losses(self.meta_steps + len(losses), (before + totals).tolist())
+
+  def mean(self) -> list[float]:
+    return [total / self.meta_steps for total in self.totals]
 
 
 def stop() -> None:
@@ -133,7 +151,8 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
 
 def train(
   learner: metajax.MetaLearner,
-  sample_episodes: Callable[[jax.Array], metajax.Episode],
+  sample_task: SampleTask,
+  make_episode: MakeEpisode,
   state: metajax.MetaState,
   key: jax.Array,
   *,
@@ -151,7 +170,8 @@ def train(
 
   Args:
     learner: what to train.
-    sample_episodes: of a meta-step.
+    sample_task: `key -> Task`.
+    make_episode: `(key, Task) -> Episode`.
     state: where to start if the folder holds no checkpoint.
     key: of all sampling.
     meta_steps: where to stop.
@@ -177,8 +197,10 @@ def train(
   try:
     found = saved.restore(state)
     seconds = 0.0
+    recent = Losses()  # since the last record
     if found is not None:
       state, seconds = found.state, found.extra["seconds"]
+      recent = Losses(*found.extra.get("losses", ()))
     step = last_saved = int(state.step)
     folder.keep(lambda record: found is not None and record["step"] <= step)
     if found is None:
@@ -193,14 +215,14 @@ def train(
       while step < meta_steps:
         if stopping():
           if step > last_saved:
-            saved.save(state, {"seconds": seconds})
+            saved.save(state, {"seconds": seconds, "losses": recent})
           raise StoppedError(
             f"stopped at meta-step {step} of {folder.path}: the same command goes on from there"
           )
         until_evaluation = min(meta_steps, (step // eval_every + 1) * eval_every) - step
         steps = min(steps_per_call, until_evaluation)
         if steps not in programs:
-          many_steps = _checking_parameters(metajax.run(learner, sample_episodes, steps))
+          many_steps = _checking_parameters(metajax.run(learner, sample_task, make_episode, steps))
           programs[steps] = compiled(many_steps, mesh, state, key, donate_argnums=0)
         start = time.perf_counter()
         with jax.transfer_guard("disallow"):  # all of it on the device, sampling included
@@ -215,11 +237,13 @@ def train(
             f"lower the inner or the outer rate ({kept})"
           )
         step += steps
+        recent = recent.add(losses)
         losses = losses.mean(axis=0)
         bar.update(steps)
         bar.set_postfix_str(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         if steps == until_evaluation:
-          record = {"step": step, "seconds": round(seconds, 3), "losses": losses.tolist()}
+          record = {"step": step, "seconds": round(seconds, 3), "losses": recent.mean()}
+          recent = Losses()
           record |= evaluate(state)
           folder.append(record)
           saved.save(state, {"seconds": seconds}, score=score(record))

@@ -1,4 +1,4 @@
-"""Saving and restoring a run. The only module that knows Orbax."""
+"""Saving and restoring the state of a run. This is the only module that uses Orbax."""
 
 import json
 import math
@@ -28,7 +28,7 @@ _STARTING = threading.Lock()
 
 
 class Saved(NamedTuple):
-  """A state, and what was saved beside it."""
+  """A restored state, and the extra values that were saved with it."""
 
   state: MetaState
   extra: dict[str, Any]
@@ -41,18 +41,19 @@ class Save(Protocol):
 
 
 class Checkpoints(NamedTuple):
-  """The checkpoints in a folder.
+  """The checkpoints in a folder. Used in a `with` statement, it closes itself at the end.
 
   Attributes:
-    save: `(state, extra=None, *, score=None) -> None`, under the state's own step; whole or not at
-      all. It returns before all is written, and the state may be donated then. `extra` is anything
-      that JSON holds; a checkpoint without a score is never the best. Raises OSError if this or
-      the last one cannot be written.
-    restore: `MetaState -> Saved | None`, the newest one, given a state of the same structure,
-      shapes and places; None if there is none. A damaged one is passed over with a warning; the
-      next save removes it. ValueError if all are damaged.
-    best: the same for the one with the highest score, which need not be among the newest.
-    close: waits until all is written and releases the folder. Raises OSError as `save` does.
+    save: `(state, extra=None, *, score=None) -> None` saves a state under its own step, completely
+      or not at all. It returns before everything is written, and the state may be donated then.
+      `extra` is anything that JSON can hold. A checkpoint without a score is never the best.
+      Raises OSError if this checkpoint or the one before cannot be written.
+    restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
+      Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
+      checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
+      all are damaged.
+    best: the same for the checkpoint with the highest score, which need not be among the newest.
+    close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
 
   save: Save
@@ -60,15 +61,22 @@ class Checkpoints(NamedTuple):
   best: Callable[[MetaState], Saved | None]
   close: Callable[[], None]
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
 
 def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
-  """Opens a folder of checkpoints, making it if need be; all processes of a run do so together.
+  """Opens a folder of checkpoints, and creates it if it does not exist.
 
-  Nothing in it is changed before the first save, so that one may look while a run goes on.
+  If several processes share a run, all of them call this together. Nothing in the folder changes
+  before the first save, so a folder can be opened for reading while a run writes to it.
 
   Args:
-    folder: where they are, or will be.
-    keep: how many of the newest to keep, besides the best.
+    folder: the folder of the checkpoints.
+    keep: how many of the newest checkpoints to keep, besides the best one.
 
   Raises:
     ValueError: if `keep` is below 1.
@@ -183,7 +191,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
 
 
 class _NewestAndBest(PreservationPolicy):
-  """Which checkpoints stay: the newest, and of those with a score the highest."""
+  """Keeps the newest checkpoints and the one with the highest score."""
 
   def __init__(self, keep: int, scores: dict[int, float]) -> None:
     self._keep = keep
@@ -210,12 +218,12 @@ def _first_line(error: Exception) -> str:
 
 @jax.jit
 def _copied(state: MetaState) -> MetaState:
-  """A training step that donates its state would overwrite what is being written."""
+  """Copies the state: a training step that donates it would overwrite what is being written."""
   return jax.tree.map(jnp.copy, state)
 
 
 def _checksums(state: MetaState) -> list[int]:
-  """A number a leaf that is another one if any byte of the leaf is."""
+  """One checksum for each leaf, which changes if any single byte of the leaf changes."""
   sums = jax.block_until_ready(_byte_sums(state))  # before another program communicates
   return [int(number) for number in jax.device_get(sums)]
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from metajax import backend
+from metajax import devices
 
 Method = Literal["patches", "xla"]
 Convolve = Callable[..., jax.Array]
@@ -34,7 +34,7 @@ def convolution(method: Method | None = None) -> Convolve:
     ValueError: for any other method.
   """
   if method is None:
-    return _METHODS[backend.defaults().convolution]
+    return _METHODS[devices.defaults().convolution]
   if method not in _METHODS:
     raise ValueError(f"convolution must be 'patches' or 'xla', not {method!r}")
   return _METHODS[method]

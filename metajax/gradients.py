@@ -1,4 +1,4 @@
-"""Which combination of the gradients g_1 ... g_k becomes the outer gradient, for ONE task."""
+"""Estimators of the meta-gradient of one task, from its losses L_1 ... L_k."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +11,8 @@ import optax
 
 from metajax.inner import (
   LearnerState,
+  begin_task,
+  end_task,
   forward_over_reverse,
   initial_state,
   inner_step,
@@ -21,39 +23,44 @@ from metajax.types import Episode, Examples, InnerState, LossFn, Params, num_ste
 
 
 class Info(NamedTuple):
-  """What may be logged of an episode."""
+  """What may be logged about an episode."""
 
   losses: jax.Array  # L_i(phi_i), [k]
 
 
 class MetaGradient(NamedTuple):
-  """A meta-gradient estimator; every one here is written for a single task.
+  """A meta-gradient estimator. Every estimator in this module is written for a single task.
 
   Attributes:
-    init: `params -> inner_state`, what is carried from one task to the next.
-    estimate: `(params, inner_state, episode) -> (gradient, inner_state, Info)`; the gradient has
-      the parameters' structure and is meant for any optax optimizer, which subtracts it.
+    init: `params -> inner_state`, what is carried from one task to the next. It is empty unless
+      the inner optimizer is `carried`.
+    estimate: `(params, inner_state, episode) -> (gradient, inner_state, Info)`. The gradient has
+      the structure of the parameters and is meant for any optax optimizer, which subtracts it.
+    adapt: `(params, inner_state, examples, schedule) -> params`, how this algorithm adapts to a
+      new task: one inner step for each row of the schedule (int32 `[k, b]`).
 
-  `init` raises a ValueError if a parameter is not floating point, `estimate` if the inner state,
-  the episode or what the loss returns is not of the shape it should have.
+  `init` raises a ValueError if a parameter is not floating point. `estimate` and `adapt` raise one
+  if the inner state, the episode or the value of the loss does not have the shape it should have.
   """
 
   init: Callable[[Params], InnerState]
   estimate: Callable[[Params, InnerState, Episode], tuple[Params, InnerState, Info]]
+  adapt: Callable[[Params, InnerState, Examples, jax.Array], Params]
 
 
 def reptile(
   loss_fn: LossFn, optimizer: optax.GradientTransformation, *, stepsize: float | jax.Array = 1.0
 ) -> MetaGradient:
-  """Reptile: (phi - U^k(phi)) / stepsize (Algorithm 1, Section 3).
+  """Reptile: (phi - U^k(phi)) / stepsize, with U^k the k inner steps (Algorithm 1, Section 3).
 
-  With `stepsize=1` and outer SGD of rate epsilon this is phi <- phi + epsilon (phi~ - phi). With
-  inner SGD of rate alpha and `stepsize=alpha` it is g_1 + ... + g_k.
+  With `stepsize=1` and outer SGD of rate epsilon, the outer update is
+  phi <- phi + epsilon (phi~ - phi), where phi~ are the adapted parameters. With inner SGD of rate
+  alpha and `stepsize=alpha`, the estimate is g_1 + ... + g_k.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
     optimizer: the inner optimizer.
-    stepsize: what the displacement is divided by.
+    stepsize: the number that the displacement is divided by.
 
   Raises:
     ValueError: if the stepsize is not positive and finite.
@@ -64,21 +71,22 @@ def reptile(
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    learner, losses = inner_update(
-      loss_fn, optimizer, LearnerState(params, inner_state), episode.pool, episode.schedule
-    )
+    start = begin_task(optimizer, params, inner_state)
+    learner, losses = inner_update(loss_fn, optimizer, start, episode.pool, episode.schedule)
     learner, last = inner_step(loss_fn, optimizer, learner, episode.tail)
     gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
-    return gradient, learner.opt_state, Info(jnp.append(losses, last.loss))
+    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last.loss))
 
-  return MetaGradient(partial(initial_state, optimizer), estimate)
+  return MetaGradient(
+    partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
+  )
 
 
 def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGradient:
   """First-order MAML: g_k = L_k'(U^{k-1}(phi)), Equation 4 with the Jacobian U' taken as I.
 
-  Nothing is differentiated through the inner steps. L_k is the outer loss, so it does not pass
-  through the inner optimizer, and the state carried on is the one after `k - 1` steps.
+  Nothing is differentiated through the inner steps. L_k is the outer loss and does not pass
+  through the inner optimizer. If that one is `carried`, its state after `k - 1` steps is handed on.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
@@ -88,13 +96,14 @@ def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGrad
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    learner, losses = inner_update(
-      loss_fn, optimizer, LearnerState(params, inner_state), episode.pool, episode.schedule
-    )
+    start = begin_task(optimizer, params, inner_state)
+    learner, losses = inner_update(loss_fn, optimizer, start, episode.pool, episode.schedule)
     last, gradient = jax.value_and_grad(scalar(loss_fn))(learner.params, episode.tail)
-    return gradient, learner.opt_state, Info(jnp.append(losses, last))
+    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last))
 
-  return MetaGradient(partial(initial_state, optimizer), estimate)
+  return MetaGradient(
+    partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
+  )
 
 
 def maml(
@@ -104,18 +113,19 @@ def maml(
   remat: bool = False,
   mixed_mode: bool = False,
 ) -> MetaGradient:
-  """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative (Equation 3).
+  """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative through the inner steps (Equation 3).
 
-  The inner optimizer's state is a constant of the derivative; the one carried on is that after
-  `k - 1` steps, as for `fomaml`.
+  Everything that happens within a task is differentiated through, including what a fresh inner
+  optimizer's state takes from phi. The state of a `carried` optimizer at the start of a task is
+  held constant; its state after `k - 1` steps is handed on, as for `fomaml`.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
     optimizer: the inner optimizer.
-    remat: recompute each inner step in the backward pass: less memory, more time.
-    mixed_mode: take each inner step's Hessian-vector product forward over reverse, which keeps no
-      tape of the inner gradients: less memory still. Not for a `loss_fn` that cannot be
-      differentiated forward.
+    remat: recompute each inner step in the backward pass, which takes less memory and more time.
+    mixed_mode: compute the Hessian-vector product of each inner step forward over reverse, which
+      keeps no tape of the inner gradients and takes less memory still. The `loss_fn` must then
+      support forward-mode differentiation.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,
@@ -136,18 +146,18 @@ def maml(
       learner, losses = inner_update(
         inner_loss,
         optimizer,
-        LearnerState(params, inner_state),
+        begin_task(optimizer, params, inner_state),
         episode.pool,
         episode.schedule,
         remat=remat,
       )
       last = scalar(loss_fn)(learner.params, episode.tail)
-      return last, (learner.opt_state, jnp.append(losses, last))
+      return last, (end_task(optimizer, learner), jnp.append(losses, last))
 
     gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
     return gradient, inner_state, Info(losses)
 
-  return MetaGradient(init, estimate)
+  return MetaGradient(init, estimate, partial(_adapt, loss_fn, optimizer))
 
 
 def combine(
@@ -159,13 +169,15 @@ def combine(
 ) -> MetaGradient:
   """Any linear combination w_1 g_1 + ... + w_k g_k, in memory independent of k (Section 6.2).
 
-  All ones give Reptile's gradient, the last one alone FOMAML's.
+  With inner SGD of rate alpha, weights of one equal `reptile` with `stepsize=alpha`. The weights
+  [0, ..., 0, 1] give g_k as `fomaml` does, but a `carried` optimizer hands on its state after k
+  steps instead of k - 1.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
     optimizer: the inner optimizer.
     weights: `[k]`.
-    of_updates: combine -(phi_{i+1} - phi_i), what the optimizer took away at each step, in place of
+    of_updates: combine the optimizer's updates, as phi_i - phi_{i+1}, in place of the gradients
       g_i. The paper's code does so: its FOMAML applies the last update, which for Adam is not g_k.
 
   Raises:
@@ -194,37 +206,33 @@ def combine(
     zeros = jax.tree.map(jnp.zeros_like, params)
     carry, losses = jax.lax.scan(
       lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1])),
-      (LearnerState(params, inner_state), zeros),
+      (begin_task(optimizer, params, inner_state), zeros),
       (jnp.asarray(coefficients[:-1]), episode.schedule),
     )
     (learner, gradient), last = advance(carry, jnp.asarray(coefficients[-1]), episode.tail)
-    return gradient, learner.opt_state, Info(jnp.append(losses, last))
+    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last))
 
-  return MetaGradient(partial(initial_state, optimizer), estimate)
+  return MetaGradient(
+    partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
+  )
 
 
-def stateless(meta_gradient: MetaGradient) -> MetaGradient:
-  """The same estimator with a fresh inner optimizer for every task; nothing is carried.
-
-  The paper's code hands Adam's second moment from task to task; this is the ablation.
-  """
-
-  def estimate(
-    params: Params, inner_state: InnerState, episode: Episode
-  ) -> tuple[Params, tuple, Info]:
-    del inner_state
-    gradient, _, info = meta_gradient.estimate(params, meta_gradient.init(params), episode)
-    return gradient, (), info
-
-  def init(params: Params) -> tuple:
-    meta_gradient.init(params)  # so that what it refuses is refused here, too
-    return ()
-
-  return MetaGradient(init, estimate)
+def _adapt(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  params: Params,
+  inner_state: InnerState,
+  examples: Examples,
+  schedule: jax.Array,
+) -> Params:
+  """Plain inner steps, with which all algorithms of this module adapt to a new task."""
+  start = begin_task(optimizer, params, inner_state)
+  learner, _ = inner_update(loss_fn, optimizer, start, examples, schedule)
+  return learner.params
 
 
 def _numbers(weights: Any) -> np.ndarray | None:
-  """A vector that is finite as JAX will hold it, or None."""
+  """Returns the weights as an array if they are a vector of finite real numbers, else None."""
   if isinstance(weights, jax.core.Tracer):
     return None
   try:
@@ -238,7 +246,7 @@ def _numbers(weights: Any) -> np.ndarray | None:
 
 
 def _check_twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
-  """Probes the update's derivative at a zero gradient on scalars of the parameters' structure."""
+  """Checks that the optimizer's update has a finite derivative at a zero gradient, on scalars."""
   with jax.ensure_compile_time_eval():
     scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), params)
     ones = jax.tree.map(jnp.ones_like, scalars)

@@ -21,26 +21,79 @@ from metajax.types import (
 
 
 class LearnerState(NamedTuple):
-  """What a learner carries from one inner step to the next."""
+  """The state that an inner step takes and returns."""
 
   params: Params  # phi_i
   opt_state: InnerState
 
 
 class Step(NamedTuple):
-  """What one inner step did, for whoever combines steps."""
+  """The loss, the gradient and the update of one inner step."""
 
   loss: jax.Array  # L_i(phi_i), a scalar
   grads: Params  # g_i = L_i'(phi_i)
   update: Params  # phi_{i+1} - phi_i
 
 
+class Carried(optax.GradientTransformationExtraArgs):
+  """An inner optimizer whose state is handed from one task to the next: see `carried`."""
+
+
+def carried(optimizer: optax.GradientTransformation) -> Carried:
+  """Makes an inner optimizer keep its state from task to task.
+
+  Without it, every task starts from `optimizer.init(params)`, which is right for momentum, for
+  schedules and for most uses of Adam. The paper's code hands the second moment of Adam with
+  `b1=0` from task to task in training, and starts evaluations from it; this function is for that.
+
+  Args:
+    optimizer: any optax transformation.
+
+  Returns:
+    The same transformation, marked. Use it wherever the inner optimizer is asked for:
+
+    >>> gradient = metajax.reptile(loss_fn, metajax.carried(optax.adam(1e-3, b1=0.0)))
+  """
+  return Carried(optimizer.init, optimizer.update)
+
+
 def initial_state(optimizer: optax.GradientTransformation, params: Params) -> InnerState:
-  """The inner optimizer's state at the start.
+  """What is carried from task to task at the start: nothing, unless the optimizer is `carried`.
 
   Raises:
     ValueError: if a parameter is not floating point.
   """
+  _check_floating_point(params)
+  return optimizer.init(params) if isinstance(optimizer, Carried) else ()
+
+
+def begin_task(
+  optimizer: optax.GradientTransformation, params: Params, inner_state: InnerState
+) -> LearnerState:
+  """The learner at the start of a task: the shared parameters, and a fresh or a carried state.
+
+  Raises:
+    ValueError: if the inner state is not one that `initial_state` returns for these parameters.
+  """
+  if shapes(inner_state) != shapes(jax.eval_shape(partial(initial_state, optimizer), params)):
+    raise ValueError(_OTHER_STATE)
+  if isinstance(optimizer, Carried):
+    return LearnerState(params, inner_state)
+  return LearnerState(params, optimizer.init(params))
+
+
+def end_task(optimizer: optax.GradientTransformation, learner: LearnerState) -> InnerState:
+  """What the next task is handed: nothing, unless the optimizer is `carried`."""
+  return learner.opt_state if isinstance(optimizer, Carried) else ()
+
+
+_OTHER_STATE = (
+  "the inner state is not that of this optimizer for these parameters: start from what `init` "
+  "returns for them"
+)
+
+
+def _check_floating_point(params: Params) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -48,11 +101,10 @@ def initial_state(optimizer: optax.GradientTransformation, params: Params) -> In
       raise ValueError(
         f"parameters must be floating point, and {name} is {dtype}: convert it, or leave it out"
       )
-  return optimizer.init(params)
 
 
 def scalar(loss_fn: LossFn) -> LossFn:
-  """The same loss, refusing what cannot be a minibatch or a loss; it looks at shapes alone.
+  """Returns the same loss with checks of the minibatch and of the value; they read only shapes.
 
   Raises:
     ValueError: when called, if there is no example, or the loss is not one floating-point number.
@@ -97,12 +149,9 @@ def inner_step(
     ValueError: if the parameters are not floating point, the state is not theirs, the loss is not
       a scalar, or the minibatch has no example.
   """
-  own = jax.eval_shape(partial(initial_state, optimizer), learner.params)
-  if shapes(learner.opt_state) != shapes(own):
-    raise ValueError(
-      "the inner state is not that of this optimizer for these parameters: start from what `init` "
-      "returns for them"
-    )
+  _check_floating_point(learner.params)
+  if shapes(learner.opt_state) != shapes(jax.eval_shape(optimizer.init, learner.params)):
+    raise ValueError(_OTHER_STATE)
   loss, grads = jax.value_and_grad(scalar(loss_fn))(learner.params, batch)
   update, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
   params = optax.apply_updates(learner.params, update)
@@ -126,7 +175,8 @@ def inner_update(
     learner: phi and the optimizer's state at the start.
     pool: the task's examples `[n, ...]`.
     schedule: int32 `[k, b]`, the rows of the pool that each step sees.
-    remat: recompute a step's activations when differentiating through it, rather than keep them.
+    remat: recompute the activations of a step when differentiating through it, instead of keeping
+      them in memory.
 
   Returns:
     The learner after `k` steps, and the losses L_i(phi_i), `[k]`.
@@ -144,12 +194,15 @@ def inner_update(
 
 
 def forward_over_reverse(loss_fn: LossFn) -> LossFn:
-  """The same loss, its second derivative taken forward over reverse.
+  """Returns the same loss with a second derivative that is computed forward over reverse.
 
-  To differentiate an inner step phi - alpha L'(phi) takes Hessian-vector products L''(phi) v. In
-  reverse over reverse mode each keeps the tape of the inner gradient; as the derivative of L' in
-  the direction v it needs phi and the minibatch alone, and the activations are computed anew. The
-  results are equal to rounding. Only derivatives by the parameters are defined.
+  The derivative of an inner step phi - alpha L'(phi) needs Hessian-vector products L''(phi) v. In
+  reverse over reverse mode, each product keeps the tape of the inner gradient. Computed as the
+  derivative of L' in the direction v, a product needs only phi and the minibatch, and recomputes
+  the activations. The results agree up to rounding.
+
+  Only derivatives with respect to the parameters are defined, and only those that pass through
+  the gradient: where the loss is differentiated twice, its own value counts as a constant.
   """
   loss_fn = scalar(loss_fn)
   grad = jax.grad(loss_fn)
@@ -162,9 +215,9 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
     return value_and_grad(params, batch), (params, batch)
 
   def hessian_vector(arguments: Any, cotangents: Any) -> tuple[Params, None]:
-    (params, batch), (of_value, of_grad) = arguments, cotangents
-    slope, product = jax.jvp(lambda params: grad(params, batch), (params,), (of_grad,))
-    return jax.tree.map(lambda g, hv: of_value * g + hv, slope, product), None
+    (params, batch), (_, direction) = arguments, cotangents
+    _, product = jax.jvp(lambda params: grad(params, batch), (params,), (direction,))
+    return product, None
 
   value_and_grad.defvjp(keep_arguments, hessian_vector)
 
@@ -172,8 +225,8 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   def loss(params: Params, batch: Examples) -> jax.Array:
     return loss_fn(params, batch)
 
-  def scale(grads: Params, of_value: jax.Array) -> tuple[Params, None]:
-    return jax.tree.map(lambda g: of_value * g, grads), None
+  def scale(grads: Params, cotangent: jax.Array) -> tuple[Params, None]:
+    return jax.tree.map(lambda g: cotangent * g, grads), None
 
   loss.defvjp(value_and_grad, scale)
   return loss

@@ -1,4 +1,4 @@
-"""The outer loop: a meta-gradient handed to any optax optimizer, many steps in one scan."""
+"""The outer loop: a meta-gradient drives any optax optimizer, over many steps in one scan."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,50 +7,66 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metajax.execution import Execution
 from metajax.gradients import Info, MetaGradient
-from metajax.types import Episode, InnerState, Params, PRNGKey, SampleEpisodes, shapes
+from metajax.types import (
+  Episode,
+  Examples,
+  InnerState,
+  MakeEpisode,
+  Params,
+  PRNGKey,
+  SampleTask,
+  shapes,
+)
 
 
 class MetaState(NamedTuple):
-  """Everything a run carries; with the key it was started with, all that is needed to go on."""
+  """The whole state of a run. With the key of the run, it is all that is needed to resume it."""
 
-  step: jax.Array  # int32, meta-steps done
+  step: jax.Array  # int32, the number of meta-steps done
   params: Params  # phi
   outer: Any  # the outer optimizer's state
   inner: InnerState  # what the meta-gradient carries from task to task
 
 
 class MetaLearner(NamedTuple):
-  """`init: params -> MetaState` and `step: (MetaState, episodes) -> (MetaState, Info)`."""
+  """A meta-learning algorithm with its optimizers and its execution.
+
+  Attributes:
+    init: `params -> MetaState`.
+    step: `(MetaState, episodes) -> (MetaState, Info)`, one meta-step on episodes `[T, ...]`.
+    adapt: `(MetaState, examples, schedule) -> params`, adapts a copy of the parameters to one task
+      by an inner step for each row of the schedule (int32 `[k, b]`); the state stays as it was.
+    execution: how the tasks of a meta-step are sampled and run.
+  """
 
   init: Callable[[Params], MetaState]
   step: Callable[[MetaState, Episode], tuple[MetaState, Info]]
+  adapt: Callable[[MetaState, Examples, jax.Array], Params]
+  execution: Execution
 
 
 def meta_learner(
-  meta_gradient: MetaGradient, optimizer: optax.GradientTransformation
+  meta_gradient: MetaGradient, optimizer: optax.GradientTransformation, execution: Execution
 ) -> MetaLearner:
-  """A meta-gradient and an outer optimizer make a learner.
+  """Makes a learner from a meta-gradient, an outer optimizer and an execution.
 
   Args:
-    meta_gradient: usually lifted over a meta-batch by `batched` or `serial`.
+    meta_gradient: an estimator for one task, such as `reptile`, `fomaml` or `maml`.
     optimizer: any optax transformation. For Algorithm 1's phi <- phi + epsilon (phi~ - phi), outer
       SGD of rate epsilon.
+    execution: `vmapped`, `serial` or `sharded`, with the number of tasks of a meta-step.
 
-  `step` raises a ValueError if the gradient or the outer state has not the shapes that it should.
+  `step` raises a ValueError if a gradient or the outer state does not have the right shapes.
   """
+  lifted = execution.lift(meta_gradient)
 
   def init(params: Params) -> MetaState:
-    return MetaState(
-      jnp.zeros((), jnp.int32), params, optimizer.init(params), meta_gradient.init(params)
-    )
+    return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(params), lifted.init(params))
 
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
-    gradient, inner, info = meta_gradient.estimate(state.params, state.inner, episodes)
-    if shapes(gradient) != shapes(state.params):
-      raise ValueError(
-        "the gradient is not like the parameters: return one array for each, of its shape"
-      )
+    gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
     if shapes(state.outer) != shapes(jax.eval_shape(optimizer.init, state.params)):
       raise ValueError(
         "the outer state is not that of this optimizer for these parameters: start from what "
@@ -60,30 +76,35 @@ def meta_learner(
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info
 
-  return MetaLearner(init, step)
+  def adapt(state: MetaState, examples: Examples, schedule: jax.Array) -> Params:
+    return meta_gradient.adapt(state.params, execution.one(state.inner), examples, schedule)
+
+  return MetaLearner(init, step, adapt, execution)
 
 
 def run(
-  learner: MetaLearner, sample_episodes: SampleEpisodes, num_steps: int
+  learner: MetaLearner, sample_task: SampleTask, make_episode: MakeEpisode, num_steps: int
 ) -> Callable[[MetaState, PRNGKey], tuple[MetaState, Info]]:
-  """Many meta-steps as one scan, sampling included.
+  """Runs many meta-steps, sampling included, as one scan.
 
-  The key of meta-step i is `fold_in(key, i)`, with i from the state: `run(5)` is `run(2)` then
-  `run(3)` with the same key.
+  The key of meta-step i is `fold_in(key, i)`, where i is the state's step. So a run of 5 steps
+  equals a run of 2 followed by a run of 3 with the same key.
 
   Args:
     learner: from `meta_learner`.
-    sample_episodes: `key -> Episode`, leaves `[T, ...]`.
-    num_steps: meta-steps in one call.
+    sample_task: `key -> Task`.
+    make_episode: `(key, Task) -> Episode`.
+    num_steps: the number of meta-steps in one call.
 
   Returns:
-    `(state, key) -> (state, infos)`, to be jitted; the infos' leaves are `[num_steps, ...]`.
+    `(state, key) -> (state, infos)`, to be jitted; the leaves of infos are `[num_steps, ...]`.
 
   Raises:
     ValueError: if `num_steps` is below 1.
   """
   if num_steps < 1:
     raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+  sample_episodes = learner.execution.sample(sample_task, make_episode)
 
   def run_steps(state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
     def body(state: MetaState, _: None) -> tuple[MetaState, Info]:
@@ -95,9 +116,11 @@ def run(
 
 
 class Sweep(NamedTuple):
-  """Runs that differ in values or seeds, side by side: all leaves are `[R, ...]`, for R runs.
+  """Several runs side by side that differ in values or seeds; all leaves are `[R, ...]`.
 
-  `init: (values, params) -> MetaState` and `run: (values, MetaState, keys) -> (MetaState, Info)`.
+  Attributes:
+    init: `(values, params) -> MetaState`.
+    run: `(values, MetaState, keys) -> (MetaState, Info)`.
   """
 
   init: Callable[[Any, Params], MetaState]
@@ -105,26 +128,30 @@ class Sweep(NamedTuple):
 
 
 def sweep(
-  make_learner: Callable[[Any], MetaLearner], sample_episodes: SampleEpisodes, num_steps: int
+  make_learner: Callable[[Any], MetaLearner],
+  sample_task: SampleTask,
+  make_episode: MakeEpisode,
+  num_steps: int,
 ) -> Sweep:
-  """Many runs at once under vmap, each the same as if it ran alone.
+  """Does many runs at once under vmap; each gives the same result as if it ran alone.
 
   Args:
-    make_learner: from a run's values, say a pair of learning rates, to its learner. The values are
-      traced: they may be rates and weights, but not sizes.
-    sample_episodes: `key -> Episode`, for all; equal keys draw equal tasks.
-    num_steps: meta-steps in one call of `Sweep.run`.
+    make_learner: from the values of a run, such as a pair of learning rates, to its learner. The
+      values are traced: they may be rates, but not sizes.
+    sample_task: `key -> Task`, for all runs; equal keys draw equal tasks.
+    make_episode: `(key, Task) -> Episode`, for all runs.
+    num_steps: the number of meta-steps in one call of `Sweep.run`.
 
   Raises:
     ValueError: if `num_steps` is below 1.
   """
+  if num_steps < 1:
+    raise ValueError(f"num_steps must be at least 1, not {num_steps}")
 
   def init(values: Any, params: Params) -> MetaState:
     return make_learner(values).init(params)
 
   def run_one(values: Any, state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
-    return run(make_learner(values), sample_episodes, num_steps)(state, key)
+    return run(make_learner(values), sample_task, make_episode, num_steps)(state, key)
 
-  if num_steps < 1:
-    raise ValueError(f"num_steps must be at least 1, not {num_steps}")
   return Sweep(jax.vmap(init), jax.vmap(run_one))

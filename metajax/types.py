@@ -1,4 +1,8 @@
-"""The nouns. A task hands the learner a sequence of k losses (Section 5): that is an `Episode`."""
+"""Core data types: Examples, Task and Episode, and the types of functions on them.
+
+A task gives the learner a sequence of k losses L_1 ... L_k (Section 5). An `Episode` is that
+sequence.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,16 +25,16 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-  """One task tau: what the learner adapts on, and what it is judged on."""
+  """One task: the examples to adapt on, and the examples to test the adapted learner on."""
 
   train: Examples
   test: Examples
 
 
 class Episode(NamedTuple):
-  """L_1 ... L_k: `k - 1` minibatches drawn from a pool, then the tail, the minibatch of L_k.
+  """The minibatches of L_1 ... L_k: `k - 1` from a pool of examples, then the last one, the tail.
 
-  The pool may stay in its storage type (`uint8` images): minibatches are gathered when used.
+  The pool may keep its storage type, such as `uint8` images; minibatches are gathered when used.
   """
 
   pool: Examples  # [n, ...]
@@ -86,5 +90,5 @@ def take(examples: Examples, rows: jax.Array) -> Examples:
 
 
 def shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-  """The structure of a tree and the shapes of its leaves, to be compared with another's."""
+  """The structure of a tree and the shapes of its leaves, for a comparison with another tree."""
   return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]

@@ -11,20 +11,20 @@ import metajax
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
   "types": 0,
-  "backend": 0,
+  "devices": 0,
   "convolution": 1,
   "losses": 1,
   "inner": 1,
-  "minibatches": 1,
+  "episodes": 1,
   "models": 2,
   "data": 1,
   "gradients": 2,
-  "evaluation": 2,
-  "parallel": 3,
-  "meta": 3,
+  "execution": 3,
+  "meta": 4,
   "theory": 3,
-  "checkpoint": 4,
-  "__init__": 5,
+  "evaluation": 5,
+  "checkpoint": 5,
+  "__init__": 6,
 }
 MODULES = {
   ".".join(path.relative_to(ROOT).with_suffix("").parts): path

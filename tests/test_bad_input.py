@@ -562,7 +562,7 @@ ESTIMATES = [
   ("another optimizer's state", {"state": ADAM.init(PHI)}, "not that of this .* `init` returns"),
   (
     "another model's state",
-    {"inner": ADAM, "state": ADAM.init(PHI[1:])},
+    {"inner": metajax.carried(ADAM), "state": ADAM.init(PHI[1:])},
     "inner state is not that of",
   ),
   ("float rows", {"schedule": EPISODE.schedule.astype(float)}, "integer rows .*: draw it with"),
@@ -590,8 +590,10 @@ def test_estimators_refuse_what_does_not_fit(name, bad, pattern):
 
 def evaluated(loss, state):
   predict = metajax.transductive(lambda params, inputs: inputs @ params)
-  judge = metajax.evaluate(loss, SGD, metajax.cycling(2, 3), predict)
-  return judge(PHI, state, KEY, metajax.Task(BATCH, BATCH))
+  learner = metajax.meta_learner(metajax.reptile(loss, SGD), SGD, metajax.serial(1))
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), predict)
+  trained = learner.init(PHI)._replace(inner=state)
+  return evaluate(trained, KEY, metajax.Task(BATCH, BATCH))
 
 
 def cross_entropy(targets):
@@ -613,9 +615,9 @@ def omniglot_on(shape, params=None):
   return jax.eval_shape(model.apply, params, jnp.zeros(shape))
 
 
-def lifted(lift, state=None):
+def lifted(execution, state=None):
   """Two episodes for a meta-batch of four."""
-  gradient = lift(metajax.reptile(LOSS, ADAM), 4)
+  gradient = execution(4).lift(metajax.reptile(LOSS, metajax.carried(ADAM)))
   episodes = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), EPISODE)
   gradient.estimate(PHI, gradient.init(PHI) if state is None else state, episodes)
 
@@ -623,14 +625,17 @@ def lifted(lift, state=None):
 def in_turn():
   episodes = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), EPISODE)
   spoiled = episodes._replace(schedule=episodes.schedule[:1])
-  metajax.serial(metajax.reptile(LOSS, SGD)).estimate(PHI, SGD.init(PHI), spoiled)
+  metajax.serial(2).lift(metajax.reptile(LOSS, SGD)).estimate(PHI, (), spoiled)
 
 
-def learned(gradient, outer=None):
-  one = metajax.MetaGradient(SGD.init, lambda phi, state, episode: (gradient, state, None))
-  learner = metajax.meta_learner(one, optax.sgd(0.1))
+def learned(gradient, outer=None, execution=metajax.serial):
+  one = metajax.reptile(LOSS, SGD)._replace(
+    estimate=lambda phi, state, episode: (gradient, state, {})
+  )
+  learner = metajax.meta_learner(one, optax.sgd(0.1), execution(1))
   state = learner.init(PHI)
-  learner.step(state if outer is None else state._replace(outer=outer), EPISODE)
+  episodes = jax.tree.map(lambda leaf: leaf[None], EPISODE)
+  learner.step(state if outer is None else state._replace(outer=outer), episodes)
 
 
 NO_EXAMPLE = jax.tree.map(lambda leaf: leaf[:0], BATCH)
@@ -660,8 +665,8 @@ CALLS = [
   ),
   ("MAML: Adam", lambda: metajax.maml(LOSS, optax.adam(1e-3)).init(PHI), "give optax.adam an eps"),
   (
-    "stateless: integers",
-    lambda: metajax.stateless(metajax.reptile(LOSS, SGD)).init(PHI.astype(int)),
+    "fresh optimizer: integers",
+    lambda: metajax.reptile(LOSS, SGD).init(PHI.astype(int)),
     "must be floating point",
   ),
   ("minibatches: none", lambda: metajax.cycling(0, 3), "must be at least 1, not 0 and 3"),
@@ -683,7 +688,7 @@ CALLS = [
   ),
   ("reduction", lambda: metajax.losses.cross_entropy(LOSS, reduction="average"), "'sum' or 'mean'"),
   ("outputs and targets", lambda: squared_error(PHI, BATCH), "must have one shape"),
-  ("evaluation: no scalar", lambda: evaluated(vector_loss, None), "return the sum or the mean"),
+  ("evaluation: no scalar", lambda: evaluated(vector_loss, ()), "return the sum or the mean"),
   ("evaluation: state", lambda: evaluated(LOSS, ADAM.init(PHI)), "is not that of this optimizer"),
   ("interval: no value", lambda: metajax.mean_and_interval([]), "give at least one value"),
   ("interval: 95", lambda: metajax.mean_and_interval([1.0], 95), "a confidence between 0 and 1"),
@@ -711,30 +716,36 @@ CALLS = [
   ("glyphs: none", lambda: glyphs.load(train_classes=0), "must each be at least 1"),
   ("mesh: no device", lambda: metajax.task_mesh([]), "at least one device: leave devices out"),
   (
-    "batched: chunk",
-    lambda: metajax.batched(metajax.reptile(LOSS, SGD), 2, chunk=3),
+    "vmapped: chunk",
+    lambda: metajax.vmapped(2, chunk=3),
     "chunk must be between 1 and num_tasks = 2",
   ),
-  ("batched: fewer episodes", lambda: lifted(metajax.batched), "episodes must have a leading .* 4"),
+  ("vmapped: fewer episodes", lambda: lifted(metajax.vmapped), "episodes must have a leading .* 4"),
   ("sharded: fewer episodes", lambda: lifted(metajax.sharded), "episodes must have a leading .* 4"),
   (
-    "batched: one task's state",
-    lambda: lifted(metajax.batched, ADAM.init(PHI)),
+    "vmapped: one task's state",
+    lambda: lifted(metajax.vmapped, ADAM.init(PHI)),
     "the inner state must have a leading axis of 4, .* that init returned",
   ),
-  ("serial: lengths differ", lambda: in_turn(), "arrays .* of one n"),
+  ("serial: lengths differ", lambda: in_turn(), "episodes must have a leading axis of 2"),
+  ("serial: fewer episodes", lambda: lifted(metajax.serial), "episodes must have a leading .* 4"),
   (
     "map_tasks: lengths differ",
     lambda: metajax.map_tasks(lambda s, t: t)(0, (jnp.ones(3), jnp.ones(4))),
     "arrays .* of one n",
   ),
-  ("learner: gradient of another shape", lambda: learned(PHI[0]), "one array for each, of its sha"),
+  ("serial: gradient of another shape", lambda: learned(PHI[0]), "one array for each, of its shap"),
+  (
+    "vmapped: gradient of another shape",
+    lambda: learned(PHI[0], execution=metajax.vmapped),
+    "one array for each, of its shape",
+  ),
   (
     "learner: another optimizer's state",
     lambda: learned(PHI, optax.adam(0.1).init(PHI)),
     "the outer state is not that of this optimizer",
   ),
-  ("run: no step", lambda: metajax.run(None, None, 0), "num_steps must be at least 1"),
+  ("run: no step", lambda: metajax.run(None, None, None, 0), "num_steps must be at least 1"),
   (
     "expansion: k = 1",
     lambda: metajax.theory.expansion(LOSS, PHI, jax.tree.map(lambda x: x[None, None], BATCH)),
@@ -754,7 +765,7 @@ def test_sound_calls_are_not_refused():
     gradient = estimator(LOSS, ADAM)
     assert jax.eval_shape(gradient.estimate, PHI, gradient.init(PHI), EPISODE)[0].shape == PHI.shape
   assert combined([1.0, 1.0, 1.0])[0].shape == cross_entropy(BATCH.targets).shape + PHI.shape
-  assert evaluated(LOSS, None).shape == evaluated(LOSS, SGD.init(PHI)).shape == (4, 3)
+  assert evaluated(LOSS, ()).shape == (4, 3)
   assert omniglot_on((2, 28, 28, 1)).shape == (2, 3)
   assert HELD_BACK(BATCH).schedule.shape == SHARED(BATCH).schedule.shape == (1, 3)
 

@@ -19,8 +19,9 @@ from tests import problems
 
 
 def make():
-  gradient = metajax.batched(metajax.reptile(problems.softmax_loss(), optax.adam(0.1, b1=0.0)), 2)
-  learner = metajax.meta_learner(gradient, optax.adam(0.1))
+  inner = metajax.carried(optax.adam(0.1, b1=0.0))
+  gradient = metajax.reptile(problems.softmax_loss(), inner)
+  learner = metajax.meta_learner(gradient, optax.adam(0.1), metajax.vmapped(2))
   return learner, learner.init(problems.weights())
 
 
@@ -205,3 +206,10 @@ def test_a_state_of_another_shape_is_refused_and_nothing_removed(tmp_path, of_th
 def test_at_least_one_is_kept(tmp_path):
   with pytest.raises(ValueError, match="keep must be at least 1"):
     checkpoints(tmp_path, keep=0)
+
+
+def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
+  with metajax.checkpoint.checkpoints(tmp_path) as saved:
+    saved.save(states[0], {"seconds": 2.0})
+  assert {path.name for path in tmp_path.iterdir()} == {"1"}
+  equal(restored(tmp_path).state, states[0])

@@ -43,38 +43,90 @@ def test_inductive_predictions_ignore_the_other_test_inputs():
   np.testing.assert_array_equal(predict(PARAMS, other)[0], outputs[0])
 
 
+def linear(weights, x):
+  return x @ weights
+
+
+EXECUTIONS = {
+  "vmapped": metajax.vmapped(2),
+  "chunked": metajax.vmapped(2, chunk=1),
+  "serial": metajax.serial(2),
+  "sharded": metajax.sharded(2),
+}
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("carried", [True, False], ids=["carried state", "fresh state"])
-def test_evaluation_adapts_a_copy(carried):
+def test_evaluation_adapts_a_copy_whatever_the_execution(carried, execution):
+  """It starts from the state that the first task of the meta-batch left, or from a fresh one."""
   loss, adam = problems.softmax_loss(), optax.adam(0.05, b1=0.0)
-  params = problems.weights()
-  task = Task(problems.examples(0, 6), problems.examples(1, 4))
-  state = adam.init(params)
-  if carried:
-    _, state, _ = metajax.reptile(loss, adam).estimate(params, state, problems.episode(2, k=3))
-  rows = jnp.array([[0, 1, 2], [3, 4, 5], [1, 3, 5]])
-  evaluate = metajax.evaluate(
-    loss, adam, lambda key, n: rows, metajax.transductive(lambda weights, x: x @ weights)
+  inner = metajax.carried(adam) if carried else adam
+  learner = metajax.meta_learner(
+    metajax.reptile(loss, inner), optax.sgd(0.5), EXECUTIONS[execution]
   )
-  key = jax.random.key(0)
-  outputs = jax.jit(evaluate)(params, state if carried else None, key, task)
-  phi = params
+  # Both tasks are the same, so that serial's one state has seen the task twice, the others once.
+  step = jax.jit(learner.step)
+  trained, _ = step(learner.init(problems.weights()), problems.episodes((2, 2), k=3))
+  task = Task(problems.examples(0, 6), problems.examples(1, 4))
+  rows = jnp.array([[0, 1, 2], [3, 4, 5], [1, 3, 5]])
+  evaluate = metajax.evaluate(learner, lambda key, n: rows, metajax.transductive(linear))
+  outputs = jax.jit(evaluate)(trained, jax.random.key(0), task)
+
+  state = adam.init(problems.weights())
+  for _ in range(0 if not carried else 2 if execution == "serial" else 1):
+    phi = problems.weights()
+    for inputs, targets in problems.batches(problems.episode(2, k=3)):
+      update, state = adam.update(jax.grad(loss)(phi, Examples(inputs, targets)), state, phi)
+      phi = phi + update
+  phi = np.asarray(trained.params)
   for batch in rows:
     grads = jax.grad(loss)(phi, jax.tree.map(lambda leaf, batch=batch: leaf[batch], task.train))
     update, state = adam.update(grads, state, phi)
     phi = phi + update
-  np.testing.assert_allclose(outputs, task.test.inputs @ phi, rtol=1e-5)
+  np.testing.assert_allclose(outputs, task.test.inputs @ phi, rtol=1e-4)
+
+
+def softmax_learner():
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))
+  return metajax.meta_learner(gradient, optax.sgd(1.0), metajax.vmapped(1))
 
 
 def test_predictions_of_both_protocols_come_from_one_adaptation():
   task = Task(problems.examples(0, 6), problems.examples(1, 4))
-  apply = lambda weights, x: x @ weights
   both = lambda params, task: (
-    metajax.transductive(apply)(params, task),
-    metajax.inductive(apply)(params, task),
+    metajax.transductive(linear)(params, task),
+    metajax.inductive(linear)(params, task),
   )
-  evaluate = metajax.evaluate(problems.softmax_loss(), optax.sgd(0.1), metajax.cycling(2, 3), both)
-  together, apart = evaluate(problems.weights(), None, jax.random.key(0), task)
+  learner = softmax_learner()
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), both)
+  state = learner.init(problems.weights())
+  together, apart = jax.jit(evaluate)(state, jax.random.key(0), task)
   np.testing.assert_allclose(together, apart, rtol=1e-5)  # no batch statistics, so no difference
+
+
+def test_many_tasks_are_judged_as_each_alone_in_any_number_of_calls():
+  learner, key = softmax_learner(), jax.random.key(4)
+  state = learner.init(problems.weights())
+  pool = problems.examples(3, 40)
+
+  def sample_task(key):
+    rows = jax.random.permutation(key, 40)
+    part = lambda rows: jax.tree.map(lambda leaf: leaf[rows], pool)
+    return Task(part(rows[:6]), part(rows[6:11]))
+
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), metajax.transductive(linear))
+  judge = lambda n: metajax.judge(evaluate, sample_task, metajax.losses.accuracy, n)
+  together = jax.jit(judge(7))(state, key, 0)
+  two, five = jax.jit(judge(2))(state, key, 0), jax.jit(judge(5))(state, key, 2)
+  np.testing.assert_array_equal(np.concatenate([two, five]), together)
+  for index in range(7):
+    task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
+    task = sample_task(task_key)
+    outputs = np.asarray(evaluate(state, batch_key, task))
+    assert together[index] == pytest.approx(np.mean(outputs.argmax(1) == task.test.targets))
+  assert len(set(together.tolist())) > 1
+  with pytest.raises(ValueError, match="num_tasks must be at least 1"):
+    judge(0)
 
 
 def test_mean_and_interval():

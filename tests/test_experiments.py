@@ -131,6 +131,20 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, 
   assert (out / "checkpoints" / "4").exists()  # the last one, though 3 may be the best
 
 
+def test_logged_losses_are_those_of_all_meta_steps_since_the_last_record(tmp_path, glyphs):
+  """Three calls of one meta-step to a record, and a run with a record after every meta-step."""
+  runs = {}
+  for every in (3, 1):
+    tiny = settings(
+      out=str(tmp_path / str(every)), eval_every=every, steps_per_call=1, meta_steps=3
+    )
+    execute(tiny)
+    runs[every] = [record["losses"] for record in folders.logged(tiny.out)[1:]]
+  assert len(runs[3]) == 1 and len(runs[1]) == 3
+  np.testing.assert_allclose(runs[3][0], np.mean(runs[1], axis=0), rtol=1e-6)
+  assert np.ptp(runs[1], axis=0).min() > 1e-3  # so that the last alone would not do
+
+
 @pytest.mark.parametrize(
   ("bad", "step"), [({}, 4), ({(2, 1): np.nan}, 3), ({(2, 0): np.inf}, 2), ({(0, 0): np.nan}, 1)]
 )
@@ -238,7 +252,7 @@ def test_processes_are_named_by_all_three_flags(changes, message):
 
 
 VARIANTS = [
-  {"algorithm": "reptile", "execution": "sharded_serial", "meta_batch": 4},
+  {"algorithm": "reptile", "execution": "sharded", "inner_state": "fresh"},
   {"algorithm": "reptile", "execution": "serial"},
   {"algorithm": "reptile", "minibatches": "replacement", "inner_state": "fresh"},
   {"algorithm": "joint", "loss_reduction": "mean", "inner_optimizer": "sgd"},
@@ -258,14 +272,14 @@ def trace(tiny, splits):
   params = jax.eval_shape(experiment.model.init, key)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
   state = experiment.learner.init(zeros)
-  episodes = jax.eval_shape(experiment.sample_episodes, key)
-  after, info = jax.eval_shape(experiment.learner.step, state, episodes)
+  run = metajax.run(experiment.learner, experiment.sample_task, experiment.make_episode, 1)
+  after, info = jax.eval_shape(run, state, key)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   k = 1 if tiny.algorithm == "joint" else tiny.inner_steps
-  assert info.losses.shape == (k,)
+  assert info.losses.shape == (1, k)
   assert list(experiment.judges["test"]) == [f"{shots}-shot" for shots in tiny.eval_shots]
   for judge in experiment.judges["test"].values():
-    found = jax.eval_shape(judge, state.params, experiment.inner_state(state), key, np.int32(0))
+    found = jax.eval_shape(judge, state, key, np.int32(0))
     assert set(found) == {"transductive", "inductive"}
 
 
@@ -284,8 +298,8 @@ def test_inner_steps_leave_normalization_alone(splits):
   experiment = few_shot.build(tiny, splits, metajax.task_mesh())
   init_key, episode_key = jax.random.split(jax.random.key(0))
   before = jax.tree.map(lambda leaf: leaf + 1.0, jax.jit(experiment.model.init)(init_key))
-  episodes = jax.jit(experiment.sample_episodes)(episode_key)
-  after, _ = jax.jit(experiment.learner.step)(experiment.learner.init(before), episodes)
+  run = metajax.run(experiment.learner, experiment.sample_task, experiment.make_episode, 1)
+  after, _ = jax.jit(run)(experiment.learner.init(before), episode_key)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after.params)
   for layer, of_parameters in moved.items():
     if layer.startswith("BatchStatsNorm"):

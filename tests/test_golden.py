@@ -25,7 +25,10 @@ CASES = {
 OUTER_STEPS = 3
 MODEL = metajax.models.omniglot(5)
 LOSS = metajax.losses.cross_entropy(MODEL.apply, reduction="sum")
-INNER = {"adam": optax.adam(1e-3, b1=0.0, b2=0.999, eps=1e-8), "sgd": optax.sgd(3e-3)}
+INNER = {  # as in the authors' code, which hands the state from task to task
+  "adam": metajax.carried(optax.adam(1e-3, b1=0.0, b2=0.999, eps=1e-8)),
+  "sgd": metajax.carried(optax.sgd(3e-3)),
+}
 
 
 def tensorflow_names():
@@ -110,7 +113,8 @@ def test_outer_steps(case, shared):
     one = metajax.combine(LOSS, INNER[optimizer], [0, 0, 1], of_updates=True)
   # The outer step is 0.5 (1 - i / 3).
   outer = optax.sgd(optax.linear_schedule(0.5, 0.0, OUTER_STEPS))
-  learner = metajax.meta_learner(metajax.serial(one), outer)
+  num_tasks = trace.arrays["batches/inputs"].shape[1]
+  learner = metajax.meta_learner(one, outer, metajax.serial(num_tasks))
   step_fn = jax.jit(learner.step)
   found = []
   for step in range(1, OUTER_STEPS + 1):
@@ -146,13 +150,13 @@ def test_evaluation(case, protocol, shared):
   np.testing.assert_array_equal(train.targets[rows], recorded("batches_targets"))
 
   predict = getattr(metajax, protocol)(MODEL.apply)
-  evaluate = metajax.evaluate(LOSS, INNER[optimizer], lambda key, n: rows, predict)
-  outputs = jax.jit(evaluate)(
-    trace.tree(OUTER_STEPS),
-    trace.inner_state(OUTER_STEPS, optimizer),
-    jax.random.key(0),
-    metajax.Task(train, test),
+  learner = metajax.meta_learner(
+    metajax.reptile(LOSS, INNER[optimizer]), optax.sgd(1.0), metajax.serial(1)
   )
+  evaluate = metajax.evaluate(learner, lambda key, n: rows, predict)
+  trained = learner.init(trace.tree(OUTER_STEPS))
+  trained = trained._replace(inner=trace.inner_state(OUTER_STEPS, optimizer))
+  outputs = jax.jit(evaluate)(trained, jax.random.key(0), metajax.Task(train, test))
   predictions = trace.arrays[f"evaluation_{protocol}/predictions"]
   # Of five predictions at most one may be a tie that rounding decides.
   assert np.sum(np.argmax(outputs, axis=-1) == predictions) >= 4

@@ -24,7 +24,7 @@ def close(actual, expected, rtol=1e-10):
 
 
 @pytest.mark.parametrize(
-  "optimizer", [optax.sgd(RATE), optax.adam(0.01, b1=0.0)], ids=["sgd", "adam"]
+  "optimizer", [optax.sgd(RATE), metajax.carried(optax.adam(0.01, b1=0.0))], ids=["sgd", "adam"]
 )
 def test_reptile_is_the_sum_of_the_updates(x64, optimizer):
   params, episode = problems.weights(), problems.episode(1, k=4)
@@ -83,20 +83,49 @@ def test_what_maml_keeps_changes_nothing(x64, cost, optimizer):
   close(again.losses, info.losses)
 
 
-def test_stateless_starts_every_task_afresh(x64):
+@pytest.mark.parametrize(
+  "optimizer",
+  [optax.adam(0.01, b1=0.0), optax.sgd(RATE, momentum=0.9), optax.sgd(lambda step: RATE / 2**step)],
+  ids=["adam", "momentum", "schedule"],
+)
+def test_every_task_starts_from_a_fresh_optimizer_unless_it_is_carried(x64, optimizer):
   params = problems.weights()
-  adam = optax.adam(0.01, b1=0.0)
-  fresh = metajax.stateless(metajax.reptile(LOSS, adam))
+  fresh = metajax.reptile(LOSS, optimizer)
   state = fresh.init(params)
   assert state == ()
   first, state, _ = estimate(fresh, params, problems.episode(6, k=3), state)
   again, state, _ = estimate(fresh, params, problems.episode(6, k=3), state)
   assert state == ()
   close(first, again)
-  carried = metajax.reptile(LOSS, adam)
+  carried = metajax.reptile(LOSS, metajax.carried(optimizer))
   _, inner, _ = estimate(carried, params, problems.episode(6, k=3))
   later, _, _ = estimate(carried, params, problems.episode(6, k=3), inner)
   assert not np.allclose(later, first, rtol=1e-3)
+
+
+def toward_the_start(rate, strength):
+  """Descent on the loss plus strength / 2 ||phi_i - phi||^2; the state is phi itself."""
+
+  def update(grads, start, params):
+    pull = jax.tree.map(lambda g, p, s: g + strength * (p - s), grads, params, start)
+    return jax.tree.map(lambda leaf: -rate * leaf, pull), start
+
+  return optax.GradientTransformation(lambda params: params, update)
+
+
+@pytest.mark.parametrize("mixed_mode", [False, True])
+def test_maml_differentiates_through_what_a_fresh_state_takes_from_the_parameters(x64, mixed_mode):
+  """By finite differences; a state that is carried is a constant, and gives another gradient."""
+  params, episode = problems.weights(), problems.episode(18, k=4)
+  proximal = toward_the_start(RATE, 2.0)
+  maml = metajax.maml(LOSS, proximal, mixed_mode=mixed_mode)
+  gradient, _, _ = estimate(maml, params, episode)
+  direction = jnp.asarray(np.random.default_rng(0).normal(size=params.shape))
+  last_loss = lambda params: maml.estimate(params, (), episode)[2].losses[-1]
+  slope = (last_loss(params + 1e-6 * direction) - last_loss(params - 1e-6 * direction)) / 2e-6
+  np.testing.assert_allclose(jnp.vdot(gradient, direction), slope, rtol=1e-6)
+  constant, _, _ = estimate(metajax.maml(LOSS, metajax.carried(proximal)), params, episode)
+  assert not np.allclose(constant, gradient, rtol=1e-2)
 
 
 # Closed forms
@@ -144,7 +173,7 @@ def test_the_papers_expansions_are_of_second_order(x64, algorithm):
 
 NUMPY_AND_OPTAX = {
   "sgd": (oracle.sgd(RATE), optax.sgd(RATE)),
-  "adam": (oracle.adam(0.02), optax.adam(0.02, b1=0.0)),
+  "adam": (oracle.adam(0.02), metajax.carried(optax.adam(0.02, b1=0.0))),
 }
 
 
@@ -163,7 +192,7 @@ def test_first_order_agrees_with_plain_loops(x64, algorithm, optimizer):
     [problems.batches(task) for task in tasks],
     slow,
   )
-  meta_gradient = metajax.serial(getattr(metajax, algorithm)(LOSS, fast))
+  meta_gradient = metajax.serial(3).lift(getattr(metajax, algorithm)(LOSS, fast))
   actual, inner, _ = estimate(meta_gradient, params, stacked)
   close(actual, expected)
   if optimizer == "adam":
@@ -211,7 +240,7 @@ def test_maml_of_a_convolutional_network_agrees_with_finite_differences(x64, opt
 
   direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
   last_loss = lambda params: (
-    metajax.reptile(loss, optimizer).estimate(params, optimizer.init(params), episode)[2].losses[-1]
+    metajax.reptile(loss, optimizer).estimate(params, (), episode)[2].losses[-1]
   )
   step = 1e-7
   moved = jax.jit(
@@ -281,7 +310,7 @@ def test_maml_refuses_an_optimizer_without_a_second_derivative():
   with pytest.raises(ValueError, match="eps_root > 0"):
     metajax.maml(LOSS, optax.adam(0.01)).init(params)
   with pytest.raises(ValueError, match="eps_root > 0"):
-    jax.jit(metajax.stateless(metajax.maml(LOSS, optax.adam(0.01))).init)(params)
+    jax.jit(metajax.maml(LOSS, metajax.carried(optax.adam(0.01))).init)(params)
   metajax.maml(LOSS, optax.adam(0.01, eps_root=1e-8)).init(params)
   metajax.maml(LOSS, optax.sgd(0.01, momentum=0.9)).init(params)
 
@@ -292,7 +321,7 @@ def test_maml_through_adam_is_finite_where_a_gradient_is_zero():
     pool=episode.pool._replace(inputs=episode.pool.inputs.at[:, 0].set(0.0))
   )
   unchecked = metajax.maml(LOSS, optax.adam(0.01, b1=0.0))
-  without, _, _ = unchecked.estimate(params, optax.adam(0.01, b1=0.0).init(params), silent)
+  without, _, _ = unchecked.estimate(params, (), silent)
   assert np.isnan(without).any()  # what the refusal above is for
   within, _, _ = estimate(
     metajax.maml(LOSS, optax.adam(0.01, b1=0.0, eps_root=1e-8)), params, silent

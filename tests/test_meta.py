@@ -9,6 +9,7 @@ from tests import problems
 
 LOSS = problems.softmax_loss()
 KEY = jax.random.key(3)
+ADAM = metajax.carried(optax.adam(0.02, b1=0.0))
 
 
 def make(outer=None, calls=None):
@@ -17,8 +18,11 @@ def make(outer=None, calls=None):
       calls.append(None)
     return LOSS(params, batch)
 
-  gradient = metajax.batched(metajax.reptile(loss, optax.adam(0.02, b1=0.0)), 4)
-  learner = metajax.meta_learner(gradient, outer or optax.sgd(optax.linear_schedule(1.0, 0.0, 10)))
+  learner = metajax.meta_learner(
+    metajax.reptile(loss, ADAM),
+    outer or optax.sgd(optax.linear_schedule(1.0, 0.0, 10)),
+    metajax.vmapped(4),
+  )
   classes = metajax.data.few_shot.from_arrays(
     np.random.default_rng(0).normal(size=(40, problems.FEATURES)).astype(np.float32),
     np.repeat(np.arange(5), 8),
@@ -27,38 +31,41 @@ def make(outer=None, calls=None):
     classes, ways=problems.CLASSES, train_shots=4, test_shots=0
   )
   make_episode = metajax.shared_tail(metajax.cycling(3, 5))
-  return learner, metajax.sample_episodes(sample_task, make_episode, 4)
+  return learner, sample_task, make_episode
 
 
 def test_five_steps_are_two_and_then_three():
-  learner, sample = make()
+  learner, *source = make()
   start = learner.init(problems.weights())
-  whole, infos = jax.jit(metajax.run(learner, sample, 5))(start, KEY)
-  part, first = jax.jit(metajax.run(learner, sample, 2))(start, KEY)
-  part, second = jax.jit(metajax.run(learner, sample, 3))(part, KEY)
+  whole, infos = jax.jit(metajax.run(learner, *source, 5))(start, KEY)
+  part, first = jax.jit(metajax.run(learner, *source, 2))(start, KEY)
+  part, second = jax.jit(metajax.run(learner, *source, 3))(part, KEY)
   jax.tree.map(np.testing.assert_array_equal, part, whole)
   np.testing.assert_array_equal(np.concatenate([first.losses, second.losses]), infos.losses)
   assert whole.step == 5 and infos.losses.shape == (5, 3)
 
 
 def test_run_is_a_loop_over_steps():
-  learner, sample = make()
+  learner, *source = make()
   state = start = learner.init(problems.weights())
+  sample = learner.execution.sample(*source)
   one = jax.jit(lambda state, key: learner.step(state, sample(key)))
   for step in range(4):
     state, _ = one(state, jax.random.fold_in(KEY, step))
-  scanned, _ = jax.jit(metajax.run(learner, sample, 4))(start, KEY)
+  scanned, _ = jax.jit(metajax.run(learner, *source, 4))(start, KEY)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), scanned, state)
 
 
 def test_the_outer_step_falls_linearly_from_the_first_iteration():
   """Trap: step i of n has (1 - i / n) initial + (i / n) final, i = 0 ... n - 1."""
-  learner, sample = make(optax.sgd(optax.linear_schedule(0.8, 0.2, 4)))
-  state = learner.init(problems.weights())
+  learner, *source = make(optax.sgd(optax.linear_schedule(0.8, 0.2, 4)))
+  state, sample = learner.init(problems.weights()), learner.execution.sample(*source)
   for i in range(4):
     episodes = sample(jax.random.fold_in(KEY, i))
-    gradient, _, _ = metajax.batched(metajax.reptile(LOSS, optax.adam(0.02, b1=0.0)), 4).estimate(
-      state.params, state.inner, episodes
+    gradient, _, _ = (
+      metajax.vmapped(4)
+      .lift(metajax.reptile(LOSS, ADAM))
+      .estimate(state.params, state.inner, episodes)
     )
     moved, _ = learner.step(state, episodes)
     rate = (1 - i / 4) * 0.8 + i / 4 * 0.2
@@ -69,8 +76,7 @@ def test_the_outer_step_falls_linearly_from_the_first_iteration():
 def test_reptile_moves_towards_the_adapted_parameters():
   """Algorithm 1: phi <- phi + epsilon (phi~ - phi), averaged over tasks (Equation 5)."""
   inner = optax.sgd(0.1)
-  gradient = metajax.batched(metajax.reptile(LOSS, inner), 3)
-  learner = metajax.meta_learner(gradient, optax.sgd(0.25))
+  learner = metajax.meta_learner(metajax.reptile(LOSS, inner), optax.sgd(0.25), metajax.vmapped(3))
   params, episodes = problems.weights(), problems.episodes(range(3), k=2)
   state, _ = learner.step(learner.init(params), episodes)
   adapted = []
@@ -86,8 +92,8 @@ def test_reptile_moves_towards_the_adapted_parameters():
 
 def test_a_run_is_traced_once():
   calls = []
-  learner, sample = make(calls=calls)
-  run = jax.jit(metajax.run(learner, sample, 3))
+  learner, *source = make(calls=calls)
+  run = jax.jit(metajax.run(learner, *source, 3))
   state, _ = run(learner.init(problems.weights()), KEY)
   traced = len(calls)
   for seed in range(3):
@@ -96,9 +102,9 @@ def test_a_run_is_traced_once():
 
 
 def test_nothing_crosses_to_the_host_inside_a_run():
-  learner, sample = make()
+  learner, *source = make()
   state, key = jax.device_put((learner.init(problems.weights()), KEY))
-  program = jax.jit(metajax.run(learner, sample, 3)).lower(state, key).compile()
+  program = jax.jit(metajax.run(learner, *source, 3)).lower(state, key).compile()
   with jax.transfer_guard("disallow"):
     state, infos = program(state, key)
     jax.block_until_ready(infos)
@@ -110,25 +116,25 @@ def test_a_sweep_is_its_runs_one_by_one():
   values = {"inner": jnp.array([0.01, 0.1, 0.3]), "outer": jnp.array([1.0, 0.5, 0.1])}
   keys = jax.random.split(KEY, 3)
   params = jnp.stack([problems.weights(seed) for seed in range(3)])
-  _, sample = make()
+  _, *source = make()
 
   def make_learner(values):
-    gradient = metajax.batched(metajax.reptile(LOSS, optax.sgd(values["inner"])), 4)
-    return metajax.meta_learner(gradient, optax.sgd(values["outer"]))
+    gradient = metajax.reptile(LOSS, optax.sgd(values["inner"]))
+    return metajax.meta_learner(gradient, optax.sgd(values["outer"]), metajax.vmapped(4))
 
-  sweep = metajax.sweep(make_learner, sample, 5)
+  sweep = metajax.sweep(make_learner, *source, 5)
   states, infos = jax.jit(sweep.run)(values, sweep.init(values, params), keys)
   assert states.params.shape == (3, *params.shape[1:]) and infos.losses.shape[:2] == (3, 5)
   for run in range(3):
     learner = make_learner({name: value[run] for name, value in values.items()})
-    alone = jax.jit(metajax.run(learner, sample, 5))(learner.init(params[run]), keys[run])
+    alone = jax.jit(metajax.run(learner, *source, 5))(learner.init(params[run]), keys[run])
     together = jax.tree.map(lambda leaf, run=run: leaf[run], (states, infos))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
 
 
 def test_run_refuses_no_steps():
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
-    metajax.sweep(lambda values: make()[0], make()[1], 0)
+    metajax.sweep(lambda values: make()[0], *make()[1:], 0)
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
     metajax.run(*make(), 0)
 
@@ -146,7 +152,6 @@ def test_bfloat16_compute_trains():
     classes, ways=problems.CLASSES, train_shots=4, test_shots=0
   )
   make_episode = metajax.shared_tail(metajax.cycling(3, 5))
-  sample = metajax.sample_episodes(sample_task, make_episode, 2)
 
   def apply(params, inputs):
     params, inputs = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params, inputs))
@@ -155,8 +160,8 @@ def test_bfloat16_compute_trains():
   gradient = metajax.maml(
     metajax.losses.cross_entropy(apply, reduction="mean"), optax.sgd(0.1), mixed_mode=True
   )
-  learner = metajax.meta_learner(metajax.batched(gradient, 2), optax.adam(0.01))
-  run = metajax.run(learner, sample, 60)
+  learner = metajax.meta_learner(gradient, optax.adam(0.01), metajax.vmapped(2))
+  run = metajax.run(learner, sample_task, make_episode, 60)
   start = learner.init(jax.jit(model.init)(KEY))
   program = jax.jit(run).lower(start, KEY)
   assert "bf16" in program.as_text()

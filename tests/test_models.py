@@ -200,8 +200,8 @@ def test_linen_modules_with_state_are_refused():
 def trains(model, inputs):
   """A meta-step runs, and changes every parameter."""
   loss = metajax.losses.squared_error(model.apply, reduction="mean")
-  gradient = metajax.serial(metajax.maml(loss, optax.sgd(0.1)))
-  learner = metajax.meta_learner(gradient, optax.sgd(0.1))
+  gradient = metajax.maml(loss, optax.sgd(0.1))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.serial(1))
   params = model.init(KEY)
   targets = jnp.ones_like(model.apply(params, inputs))
   pool = metajax.Examples(inputs, targets)

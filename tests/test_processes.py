@@ -18,15 +18,15 @@ if number > 1:
   jax.distributed.initialize(address, number, this)
 import metajax
 from experiments import training
-from tests import problems, test_parallel
+from tests import problems, test_execution
 
 mesh = metajax.task_mesh()
 assert mesh.size == number * devices
-gradient = metajax.sharded(metajax.reptile(problems.softmax_loss(), optax.sgd(0.02)), 5, mesh)
-learner = metajax.meta_learner(gradient, optax.sgd(1.0))
+gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.02))
+learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.sharded(5, mesh))
 params, key = training.on_mesh((np.asarray(problems.weights()), jax.random.key(0)), mesh)
 state = training.on_mesh(learner.init(params), mesh)
-many_steps = metajax.run(learner, test_parallel.sampling(5, mesh), 10)
+many_steps = metajax.run(learner, *test_execution.source(mesh), 10)
 state, infos = jax.jit(many_steps)(state, key)
 if this == 0:
   print(json.dumps([np.asarray(leaf).tolist() for leaf in (state.params, infos.losses)]))

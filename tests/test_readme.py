@@ -9,7 +9,9 @@ def test_the_examples_run():
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
   assert len(blocks) >= 2
   namespace = {}
-  for block in blocks:
+  exec(compile(blocks[0], README.name, "exec"), namespace)
+  assert abs(float(namespace["state"].params["w"][0]) - 2) < 0.5  # MAML found the mean slope
+  for block in blocks[1:]:
     exec(compile(block, README.name, "exec"), namespace)
   first, last = namespace["info"].losses[:, 0], namespace["info"].losses[:, -1]
   assert last[-5:].mean() < 0.8 * first[-5:].mean()  # inner loops learn

@@ -1,4 +1,4 @@
-"""Which examples each of the k losses sees, decided before an episode starts (Section 6.3)."""
+"""How a task becomes an episode: the minibatch of each of its k losses (Section 6.3)."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,9 @@ Schedule = Callable[[PRNGKey, int], jax.Array]  # (key, n) -> int32 rows [k, b] 
 
 
 def cycling(num_steps: int, batch_size: int) -> Schedule:
-  """Minibatches cut from an endless stream of passes, each pass a new shuffle of all examples.
+  """Cuts minibatches from an endless stream of passes, each a new shuffle of all examples.
 
-  Every example is seen once before any is seen again; a minibatch may straddle two passes.
+  Every example is seen once before any is seen again. A minibatch may straddle two passes.
 
   Args:
     num_steps: `k`, the minibatches of one episode.
@@ -37,7 +37,9 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
 
 
 def replacement(num_steps: int, batch_size: int) -> Schedule:
-  """Every minibatch a fresh draw, with no duplicates inside it and no memory of the ones before.
+  """Draws every minibatch anew, without duplicates in it and independently of earlier ones.
+
+  With full batches, `cycling` and `replacement` coincide.
 
   Args:
     num_steps: `k`, the minibatches of one episode.
@@ -64,7 +66,7 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
 
 
 def shared_tail(schedule: Schedule) -> MakeEpisode:
-  """The last minibatch comes from the same examples as the others (Section 6.3).
+  """Takes the last minibatch from the same examples as the others (Section 6.3).
 
   Args:
     schedule: draws all `k` minibatches from `task.train`.
@@ -81,10 +83,10 @@ def shared_tail(schedule: Schedule) -> MakeEpisode:
 
 
 def separate_tail(schedule: Schedule) -> MakeEpisode:
-  """The last loss is on examples that no earlier minibatch has: all of `task.test` (Section 6.3).
+  """Takes all of `task.test` as the last minibatch, which no earlier one overlaps (Section 6.3).
 
   Args:
-    schedule: draws `k` minibatches from `task.train`, of which the last gives way to the tail.
+    schedule: draws `k` minibatches from `task.train`, of which the tail replaces the last.
 
   Returns:
     `(key, task) -> Episode`; it consumes the key.

@@ -1,4 +1,4 @@
-"""Devices, and what is fastest on each kind: `benchmarks/README.md` has the figures."""
+"""Devices, and the fastest options on each backend, as measured in `benchmarks/README.md`."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 
 class Defaults(NamedTuple):
-  """What a choice that is left open becomes."""
+  """Per-backend defaults for options left as None."""
 
   convolution: str  # of `metajax.convolution`
   chunk: int | None  # tasks at once on a device, in `sharded` and `map_tasks`; None for all
@@ -20,7 +20,7 @@ _BACKENDS = {"cpu": Defaults(convolution="patches", chunk=1)}
 
 
 def defaults() -> Defaults:
-  """Of the backend that JAX uses."""
+  """The defaults for the backend that JAX uses."""
   return _BACKENDS.get(jax.default_backend(), _ACCELERATOR)
 
 
@@ -37,14 +37,14 @@ def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def cores_as_devices(count: int | None = None) -> None:
-  """Makes each CPU core a device of its own, so that `sharded` and `map_tasks` use them all.
+  """Makes each CPU core a JAX device, so that `sharded` and `map_tasks` use all of them.
 
-  XLA gains little from a second core inside one small task; cores that run tasks of their own gain
-  almost a factor of two each. A program calls this once, before it computes anything. Other
-  backends' devices stay as they are.
+  XLA gains little from a second core inside one small task. Two cores that each run tasks of their
+  own are almost twice as fast as one. Call this once in a program, before it computes anything. The
+  devices of other backends are not affected.
 
   Args:
-    count: devices; by default the cores that this process may use.
+    count: the number of devices; by default the number of cores that this process may use.
 
   Raises:
     RuntimeError: if JAX has started already.

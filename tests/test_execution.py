@@ -11,7 +11,7 @@ from benchmarks import scaling
 from tests import problems
 
 LOSS = problems.softmax_loss()
-ADAM = optax.adam(0.02, b1=0.0)
+ADAM = metajax.carried(optax.adam(0.02, b1=0.0))
 PARAMS = problems.weights()
 T = 5
 
@@ -31,8 +31,8 @@ def estimates(meta_gradient, rounds=2, k=3):
 @pytest.mark.parametrize(("chunk", "k"), [(1, 3), (2, 3), (4, 3), (2, 1)])
 def test_chunks_are_vmap(chunk, k):
   one = metajax.reptile(LOSS, ADAM)
-  whole, state = estimates(metajax.batched(one, T), k=k)
-  chunked, chunked_state = estimates(metajax.batched(one, T, chunk=chunk), k=k)
+  whole, state = estimates(metajax.vmapped(T).lift(one), k=k)
+  chunked, chunked_state = estimates(metajax.vmapped(T, chunk=chunk).lift(one), k=k)
   np.testing.assert_allclose(chunked, whole, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), chunked_state, state)
 
@@ -44,8 +44,8 @@ def mesh(devices):
 @pytest.mark.parametrize(("devices", "chunk"), [(1, None), (2, 1), (3, None), (4, 2)])
 def test_sharded_is_vmap_on_any_number_of_devices(devices, chunk):
   one = metajax.reptile(LOSS, ADAM)
-  whole, state = estimates(metajax.batched(one, T))
-  spread, spread_state = estimates(metajax.sharded(one, T, mesh(devices), chunk=chunk))
+  whole, state = estimates(metajax.vmapped(T).lift(one))
+  spread, spread_state = estimates(metajax.sharded(T, mesh(devices), chunk=chunk).lift(one))
   np.testing.assert_allclose(spread, whole, rtol=1e-5)
   of_tasks = jax.tree.map(lambda leaf: leaf[:T], spread_state)  # without slots that do not count
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), of_tasks, state)
@@ -54,7 +54,7 @@ def test_sharded_is_vmap_on_any_number_of_devices(devices, chunk):
 
 
 def test_sharded_adds_gradients_in_one_all_reduce():
-  gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(4), chunk=1)
+  gradient = metajax.sharded(4, mesh(4), chunk=1).lift(metajax.reptile(LOSS, ADAM))
   spread = jax.NamedSharding(mesh(4), jax.P("tasks"))
   episodes = jax.device_put(problems.episodes(range(4), k=3), spread)
   program = (
@@ -65,8 +65,8 @@ def test_sharded_adds_gradients_in_one_all_reduce():
     assert other not in program
 
 
-def sampling(num_tasks, mesh=None):
-  """Episodes of images, which are told from all else by their type, uint8."""
+def source(mesh=None):
+  """Tasks of images, which are told from all else by their type, uint8, and their episodes."""
   images = np.arange(60 * 4, dtype=np.uint8).reshape(60, 4)
   classes = metajax.data.few_shot.from_arrays(images, np.repeat(np.arange(6), 10))
   if mesh is not None:
@@ -75,7 +75,12 @@ def sampling(num_tasks, mesh=None):
     classes, ways=problems.CLASSES, train_shots=4, test_shots=2
   )
   make_episode = metajax.separate_tail(metajax.cycling(3, 4))
-  return metajax.sample_episodes(sample_task, make_episode, num_tasks, mesh)
+  return sample_task, make_episode
+
+
+def sampling(num_tasks, mesh=None):
+  execution = metajax.vmapped(num_tasks) if mesh is None else metajax.sharded(num_tasks, mesh)
+  return execution.sample(*source(mesh))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
@@ -91,59 +96,21 @@ def test_each_device_draws_its_own_tasks_and_they_are_the_same(devices):
 
 
 @pytest.mark.parametrize("num_tasks", [4, 5])
-@pytest.mark.parametrize("lift", ["sharded", "per_device"])
-def test_a_meta_step_sends_the_gradient_and_the_losses_once_and_nothing_else(num_tasks, lift):
+def test_a_meta_step_sends_the_gradient_and_the_losses_once_and_nothing_else(num_tasks):
   """From the compiled program, sampling included: no device ever sees the others' tasks."""
   one = metajax.reptile(problems.softmax_loss(), ADAM)
   on = mesh(4)
-  if lift == "sharded":
-    gradient = metajax.sharded(one, num_tasks, on)
-  else:
-    num_tasks = 8
-    gradient = metajax.per_device(metajax.serial(one), num_tasks, on)
-  learner = metajax.meta_learner(gradient, optax.sgd(1.0))
+  learner = metajax.meta_learner(one, optax.sgd(1.0), metajax.sharded(num_tasks, on))
   everywhere = jax.NamedSharding(on, jax.P())
-  state, key = jax.device_put((learner.init(PARAMS), jax.random.key(0)), everywhere)
-  state = state._replace(inner=gradient.init(PARAMS))
-  many_steps = metajax.run(learner, sampling(num_tasks, on), 3)
+  params, key = jax.device_put((PARAMS, jax.random.key(0)), everywhere)
+  many_steps = metajax.run(learner, *source(on), 3)
+  state = learner.init(params)
   program = jax.jit(many_steps).lower(state, key).compile().as_text()
   losses = 3
   assert scaling.collectives(program) == [("all-reduce", 4 * (PARAMS.size + losses))]
   drawn = {int(rows) for rows in re.findall(r"= u8\[(\d+),1?,?4\]\S* gather", program)}
   examples = problems.CLASSES * 6
   assert drawn and max(drawn) <= -(-num_tasks // 4) * examples
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_tasks_in_turn_on_each_device(devices):
-  """Each device hands one inner state along its share; the gradient is the mean over all tasks."""
-  one, rounds, tasks = metajax.reptile(LOSS, ADAM), 2, 4
-  meta_gradient = metajax.per_device(metajax.serial(one), tasks, mesh(devices))
-  state, alone = meta_gradient.init(PARAMS), [one.init(PARAMS)] * devices
-  for seed in range(rounds):
-    seeds = [10 * seed + task for task in range(tasks)]
-    episodes = problems.episodes(seeds, k=3)
-    gradient, state, info = jax.jit(meta_gradient.estimate)(PARAMS, state, episodes)
-    total, losses = 0, 0
-    for number, task in enumerate(seeds):
-      device = number * devices // tasks
-      one_gradient, alone[device], one_info = one.estimate(
-        PARAMS, alone[device], problems.episode(task, k=3)
-      )
-      total, losses = total + one_gradient, losses + one_info.losses
-    np.testing.assert_allclose(gradient, total / tasks, rtol=1e-5)
-    np.testing.assert_allclose(info.losses, losses / tasks, rtol=1e-5)
-  for device in range(devices):
-    np.testing.assert_allclose(state[0].nu[device], alone[device][0].nu, rtol=1e-5)
-
-
-def test_shares_are_equal():
-  one = metajax.serial(metajax.reptile(LOSS, ADAM))
-  with pytest.raises(ValueError, match="4 devices do not divide 5 tasks"):
-    metajax.per_device(one, 5, mesh(4))
-  meta_gradient = metajax.per_device(one, 4, mesh(4))
-  with pytest.raises(ValueError, match="episodes must have a leading axis of 4"):
-    meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(8), k=3))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -159,7 +126,7 @@ def test_mapped_tasks_are_those_of_vmap(devices, chunk):
 @pytest.mark.parametrize(("chunk", "loops"), [(None, 1), (1, 1), (2, 0)])
 def test_what_is_left_open_suits_the_backend(chunk, loops):
   """On CPU one task at a time: the program then loops over the two tasks of a device."""
-  gradient = metajax.sharded(metajax.reptile(LOSS, ADAM), 4, mesh(2), chunk=chunk)
+  gradient = metajax.sharded(4, mesh(2), chunk=chunk).lift(metajax.reptile(LOSS, ADAM))
   arguments = PARAMS, gradient.init(PARAMS), problems.episodes(range(4), k=5)
   assert str(jax.make_jaxpr(gradient.estimate)(*arguments)).count("length=2") == loops
 
@@ -167,7 +134,7 @@ def test_what_is_left_open_suits_the_backend(chunk, loops):
 @pytest.mark.parametrize("lift", [metajax.sharded, metajax.map_tasks])
 def test_a_mesh_has_one_axis(lift):
   two_axes = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  arguments = (metajax.reptile(LOSS, ADAM), T) if lift is metajax.sharded else (lambda s, t: t,)
+  arguments = (T,) if lift is metajax.sharded else (lambda s, t: t,)
   with pytest.raises(ValueError, match="one axis"):
     lift(*arguments, two_axes)
   with pytest.raises(ValueError, match="chunk must be"):
@@ -176,31 +143,29 @@ def test_a_mesh_has_one_axis(lift):
 
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml"])
 def test_without_state_serial_is_vmap(algorithm):
-  one = metajax.stateless(
-    getattr(metajax, algorithm)(LOSS, optax.adam(0.02, b1=0.0, eps_root=1e-8))
-  )
-  together, _ = estimates(metajax.batched(one, T))
-  in_turn, state = estimates(metajax.serial(one))
+  one = getattr(metajax, algorithm)(LOSS, optax.adam(0.02, b1=0.0, eps_root=1e-8))
+  together, _ = estimates(metajax.vmapped(T).lift(one))
+  in_turn, state = estimates(metajax.serial(T).lift(one))
   np.testing.assert_allclose(in_turn, together, rtol=1e-5)
   assert state == ()
 
 
-def test_batched_keeps_an_inner_state_a_slot():
+def test_vmapped_keeps_an_inner_state_a_slot():
   one = metajax.reptile(LOSS, ADAM)
-  _, state = estimates(metajax.batched(one, T))
+  _, state = estimates(metajax.vmapped(T).lift(one))
   np.testing.assert_array_equal(state[0].count, np.full(T, 2 * 3))
   for slot in range(T):
     alone = one.init(PARAMS)
     for seed in range(2):
       _, alone, _ = one.estimate(PARAMS, alone, problems.episode(10 * seed + slot, k=3))
     np.testing.assert_allclose(state[0].nu[slot], alone[0].nu, rtol=1e-5)
-  first = metajax.first_slot(state)
+  first = metajax.vmapped(T).one(state)
   np.testing.assert_array_equal(first[0].nu, state[0].nu[0])
 
 
 def test_serial_hands_one_inner_state_along():
   one = metajax.reptile(LOSS, ADAM)
-  gradients, state = estimates(metajax.serial(one))
+  gradients, state = estimates(metajax.serial(T).lift(one))
   assert state[0].count == 2 * T * 3
   alone, expected = one.init(PARAMS), []
   for seed in range(2):
@@ -219,8 +184,7 @@ def test_a_tasks_key_does_not_depend_on_the_number_of_tasks():
   sample_task = few_shot.sample_task(classes, ways=3, train_shots=4, test_shots=2)
   make_episode = metajax.separate_tail(metajax.cycling(3, 4))
   two, five = (
-    jax.jit(metajax.sample_episodes(sample_task, make_episode, n))(jax.random.key(0))
-    for n in (2, 5)
+    jax.jit(metajax.vmapped(n).sample(sample_task, make_episode))(jax.random.key(0)) for n in (2, 5)
   )
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:2]), two, five)
   assert not np.array_equal(five.tail.inputs[0], five.tail.inputs[1])
@@ -229,17 +193,17 @@ def test_a_tasks_key_does_not_depend_on_the_number_of_tasks():
 @pytest.mark.parametrize(("num_tasks", "chunk"), [(0, None), (4, 5), (4, 0)])
 def test_batched_refuses_sizes_that_do_not_fit(num_tasks, chunk):
   with pytest.raises(ValueError, match="must be"):
-    metajax.batched(metajax.reptile(LOSS, ADAM), num_tasks, chunk=chunk)
+    metajax.vmapped(num_tasks, chunk=chunk)
 
 
 def test_batched_refuses_another_number_of_episodes():
-  meta_gradient = metajax.batched(metajax.reptile(LOSS, ADAM), T)
+  meta_gradient = metajax.vmapped(T).lift(metajax.reptile(LOSS, ADAM))
   with pytest.raises(ValueError, match="episodes must have a leading axis of 5"):
     meta_gradient.estimate(PARAMS, meta_gradient.init(PARAMS), problems.episodes(range(3), k=3))
 
 
 def test_gradients_are_means_over_tasks():
-  one = metajax.stateless(metajax.fomaml(LOSS, ADAM))
-  together, _ = estimates(metajax.batched(one, T), rounds=1)
+  one = metajax.fomaml(LOSS, optax.adam(0.02, b1=0.0))
+  together, _ = estimates(metajax.vmapped(T).lift(one), rounds=1)
   alone = [one.estimate(PARAMS, (), problems.episode(seed, k=3))[0] for seed in range(T)]
   np.testing.assert_allclose(together[0], jnp.mean(jnp.stack(alone), axis=0), rtol=1e-5)

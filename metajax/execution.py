@@ -1,0 +1,384 @@
+"""How a meta-batch of T tasks is sampled, run and averaged.
+
+An `Execution` turns an estimator for one task into one for T tasks. Episodes gain a leading task
+axis `[T, ...]`; the gradient and the Info are means over the tasks (Equation 5).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metajax import devices
+from metajax.gradients import Info, MetaGradient
+from metajax.types import (
+  Episode,
+  InnerState,
+  MakeEpisode,
+  Params,
+  PRNGKey,
+  SampleEpisodes,
+  SampleTask,
+  num_examples,
+  shapes,
+)
+
+
+class Execution(NamedTuple):
+  """How many tasks a meta-step has, and how they are run.
+
+  Attributes:
+    num_tasks: `T`, the tasks of a meta-batch.
+    lift: from a `MetaGradient` for one task to a `MetaGradient` for episodes `[T, ...]`.
+    sample: `(sample_task, make_episode) -> (key -> episodes [T, ...])`, drawn on the devices that
+      will use them. The key of task j is `fold_in(key, j)`, so that the tasks do not depend on the
+      execution.
+    one: from the inner state of the lifted estimator to that of one learner, from which an
+      evaluation starts.
+  """
+
+  num_tasks: int
+  lift: Callable[[MetaGradient], MetaGradient]
+  sample: Callable[[SampleTask, MakeEpisode], SampleEpisodes]
+  one: Callable[[InnerState], InnerState]
+
+
+def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
+  """Runs all tasks at once under `jax.vmap`, or `chunk` tasks at a time to bound memory.
+
+  If the inner optimizer is `carried`, each of the T places in the meta-batch keeps a state of its
+  own from one meta-step to the next. The states are never averaged.
+
+  Args:
+    num_tasks: `T`, the tasks of a meta-batch.
+    chunk: how many tasks run together, or None for all. It need not divide `T`.
+
+  Raises:
+    ValueError: if a size is below 1, or the chunk is larger than the meta-batch.
+  """
+  _check_sizes(num_tasks, chunk)
+
+  def lift(meta_gradient: MetaGradient) -> MetaGradient:
+    def init(params: Params) -> InnerState:
+      return _repeated(meta_gradient.init(params), num_tasks)
+
+    def estimate(
+      params: Params, inner_state: InnerState, episodes: Episode
+    ) -> tuple[Params, InnerState, Info]:
+      _check_axis("the inner state", inner_state, num_tasks)
+      _check_axis("episodes", episodes, num_tasks)
+      total, inner_state, infos = _over_slots(
+        meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
+      )
+      return _divided(total, num_tasks), inner_state, _divided(infos, num_tasks)
+
+    return meta_gradient._replace(init=init, estimate=estimate)
+
+  return Execution(num_tasks, lift, partial(_sample_on_one_device, num_tasks), _first)
+
+
+def serial(num_tasks: int) -> Execution:
+  """Runs one task after another, as the paper's code does.
+
+  All tasks start from the same parameters. If the inner optimizer is `carried`, one state is
+  handed from each task to the next.
+
+  Args:
+    num_tasks: `T`, the tasks of a meta-batch.
+
+  Raises:
+    ValueError: if `num_tasks` is below 1.
+  """
+  _check_sizes(num_tasks, None)
+
+  def lift(meta_gradient: MetaGradient) -> MetaGradient:
+    estimate_task = _checked(meta_gradient)
+
+    def estimate(
+      params: Params, inner_state: InnerState, episodes: Episode
+    ) -> tuple[Params, InnerState, Info]:
+      def body(
+        carry: tuple[InnerState, Params], episode: Episode
+      ) -> tuple[tuple[InnerState, Params], Info]:
+        inner_state, total = carry
+        gradient, inner_state, info = estimate_task(params, inner_state, episode)
+        return (inner_state, jax.tree.map(jnp.add, total, gradient)), info
+
+      _check_axis("episodes", episodes, num_tasks)
+      zeros = jax.tree.map(jnp.zeros_like, params)
+      (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
+      info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
+      return _divided(total, num_tasks), inner_state, info
+
+    return meta_gradient._replace(estimate=estimate)
+
+  return Execution(
+    num_tasks, lift, partial(_sample_on_one_device, num_tasks), lambda inner_state: inner_state
+  )
+
+
+def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = None) -> Execution:
+  """Spreads the tasks over the devices of a mesh; each device also draws its own tasks.
+
+  One all-reduce adds the gradients of all devices. The result does not depend on the number of
+  devices, apart from rounding. If the inner optimizer is `carried`, each of the T places in the
+  meta-batch keeps its state on the device that runs it. If the number of devices does not divide
+  `T`, the last task is repeated to fill the remaining places, which do not count.
+
+  Args:
+    num_tasks: `T`, the tasks of a meta-batch.
+    mesh: with one axis; by default `task_mesh()`, all devices. Arrays that `sample_task` closes
+      over must be on all devices of the mesh.
+    chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
+
+  Raises:
+    ValueError: if a size is below 1, the chunk is larger than the meta-batch, or the mesh has more
+      than one axis.
+  """
+  _check_sizes(num_tasks, chunk)
+  mesh, by_slot = _mesh_and_spec(mesh)
+  slots = _num_slots(num_tasks, mesh)
+  chunk = _chunk_or_default(chunk, slots // mesh.size)
+  everywhere = PartitionSpec()
+
+  def lift(meta_gradient: MetaGradient) -> MetaGradient:
+    def init(params: Params) -> InnerState:
+      state = _repeated(meta_gradient.init(params), slots)
+      return jax.device_put(state, NamedSharding(mesh, by_slot))
+
+    def one_device(
+      params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array
+    ) -> tuple[Params, InnerState, Info]:
+      total, inner_state, infos = _over_slots(
+        meta_gradient, params, inner_state, episodes, counts, chunk
+      )
+      total, infos = jax.lax.psum((total, infos), mesh.axis_names)
+      return _divided(total, num_tasks), inner_state, _divided(infos, num_tasks)
+
+    all_devices = jax.shard_map(
+      one_device,
+      mesh=mesh,
+      in_specs=(everywhere, by_slot, by_slot, by_slot),
+      out_specs=(everywhere, by_slot, everywhere),
+      check_vma=False,  # the result of a task varies by device even where its start did not
+    )
+
+    def estimate(
+      params: Params, inner_state: InnerState, episodes: Episode
+    ) -> tuple[Params, InnerState, Info]:
+      _check_axis("the inner state", inner_state, slots)
+      if jnp.shape(episodes.schedule)[:1] != (slots,):  # not drawn by this execution
+        _check_axis("episodes", episodes, num_tasks)
+        episodes = _padded(episodes, num_tasks, slots)
+      counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
+      return all_devices(params, inner_state, episodes, counts)
+
+    return meta_gradient._replace(init=init, estimate=estimate)
+
+  def sample(sample_task: SampleTask, make_episode: MakeEpisode) -> SampleEpisodes:
+    tasks = jnp.asarray(np.minimum(np.arange(slots), num_tasks - 1))
+    sample_one = partial(_sample_one, sample_task, make_episode)
+
+    def sample_episodes(key: PRNGKey) -> Episode:
+      all_devices = jax.shard_map(
+        jax.vmap(_traced(sample_one, key, tasks[0]), in_axes=(None, 0)),
+        mesh=mesh,
+        in_specs=(everywhere, by_slot),
+        out_specs=by_slot,
+        check_vma=False,
+      )
+      return all_devices(key, tasks)
+
+    return sample_episodes
+
+  return Execution(num_tasks, lift, sample, _first)
+
+
+def map_tasks(
+  function: Callable[[Any, Any], Any], mesh: Mesh | None = None, *, chunk: int | None = None
+) -> Callable[[Any, Any], Any]:
+  """Applies a function of one task to many tasks, spread over the devices of a mesh.
+
+  Args:
+    function: `(shared, task) -> outputs`, for example an adaptation and its accuracy. A task may
+      be a mere number or key, from which the function draws it.
+    mesh: with one axis; by default `task_mesh()`, all devices.
+    chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
+
+  Returns:
+    `(shared, tasks) -> outputs`; the leaves of tasks and outputs are `[n, ...]`, with any `n`.
+
+  Raises:
+    ValueError: if the chunk is below 1, or the mesh has more than one axis.
+  """
+  if chunk is not None and chunk < 1:
+    raise ValueError(f"chunk must be at least 1, not {chunk}")
+  mesh, by_task = _mesh_and_spec(mesh)
+
+  def mapped(shared: Any, tasks: Any) -> Any:
+    num_tasks = num_examples(tasks)
+    slots = _num_slots(num_tasks, mesh)
+    size = _chunk_or_default(chunk, slots // mesh.size)
+    one_task = _traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
+
+    def one_device(shared: Any, tasks: Any) -> Any:
+      return jax.lax.map(partial(one_task, shared), tasks, batch_size=size)
+
+    all_devices = jax.shard_map(
+      one_device,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), by_task),
+      out_specs=by_task,
+      check_vma=False,
+    )
+    outputs = all_devices(shared, _padded(tasks, num_tasks, slots))
+    return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
+
+  return mapped
+
+
+def _sample_one(
+  sample_task: SampleTask, make_episode: MakeEpisode, key: PRNGKey, task: jax.Array
+) -> Episode:
+  """The episode of task number `task` of the meta-batch with this key."""
+  task_key, episode_key = jax.random.split(jax.random.fold_in(key, task))
+  return make_episode(episode_key, sample_task(task_key))
+
+
+def _sample_on_one_device(
+  num_tasks: int, sample_task: SampleTask, make_episode: MakeEpisode
+) -> SampleEpisodes:
+  sample_many = jax.vmap(partial(_sample_one, sample_task, make_episode), in_axes=(None, 0))
+  return lambda key: sample_many(key, jnp.arange(num_tasks))
+
+
+def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerState, Info]]:
+  """The estimate of one task, with a check of the gradient before it is added to those of others.
+
+  Raises:
+    ValueError: if the gradient does not have the structure and the shapes of the parameters.
+  """
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    gradient, inner_state, info = meta_gradient.estimate(params, inner_state, episode)
+    if shapes(gradient) != shapes(params):
+      raise ValueError(
+        "the gradient is not like the parameters: return one array for each, of its shape"
+      )
+    return gradient, inner_state, info
+
+  return estimate
+
+
+def _over_slots(
+  meta_gradient: MetaGradient,
+  params: Params,
+  inner_state: InnerState,
+  episodes: Episode,
+  counts: jax.Array,
+  chunk: int | None,
+) -> tuple[Params, InnerState, Info]:
+  """The sums over slots of count * gradient and count * Info, and the inner states `[slots, ...]`.
+
+  Gradients are added chunk by chunk: a stack of all would take as much memory as all states.
+  """
+  slots = (inner_state, episodes, counts)
+  num_slots = counts.shape[0]
+
+  def together(slots: Any) -> tuple[tuple[Params, Info], InnerState]:
+    inner_state, episodes, counts = slots
+    gradients, inner_state, infos = jax.vmap(_checked(meta_gradient), in_axes=(None, 0, 0))(
+      params, inner_state, episodes
+    )
+    # As exact as a sum: an accelerator would round the factors of a product to fewer bits.
+    weigh = lambda leaf: jnp.tensordot(counts.astype(leaf.dtype), leaf, 1, precision="highest")
+    return jax.tree.map(weigh, (gradients, infos)), inner_state
+
+  if chunk is None or chunk == num_slots:
+    total, inner_state = together(slots)
+    return total[0], inner_state, total[1]
+
+  def body(total: Any, slots: Any) -> tuple[Any, InnerState]:
+    more, inner_state = together(slots)
+    return jax.tree.map(jnp.add, total, more), inner_state
+
+  count = num_slots // chunk  # not -1: with k = 1 the schedules are empty
+  whole = count * chunk
+  chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(count, chunk, *leaf.shape[1:]), slots)
+  totals = jax.eval_shape(together, jax.tree.map(lambda leaf: leaf[0], chunks))[0]
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), totals)
+  total, states = jax.lax.scan(body, zeros, chunks)
+  states = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), states)
+  if whole < num_slots:
+    total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], slots))
+    states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, rest)
+  return total[0], states, total[1]
+
+
+def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
+  mesh = devices.task_mesh() if mesh is None else mesh
+  if len(mesh.axis_names) != 1:
+    raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
+  return mesh, PartitionSpec(mesh.axis_names)
+
+
+def _check_axis(what: str, tree: Any, size: int) -> None:
+  found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)} - {(size,)}
+  if found:
+    raise ValueError(
+      f"{what} must have a leading axis of {size}, not {sorted(found)}: give as many tasks as the "
+      "meta-batch, and the state that init returned"
+    )
+
+
+def _num_slots(num_tasks: int, mesh: Mesh) -> int:
+  """The number of tasks, rounded up to a multiple of the number of devices."""
+  return -(-num_tasks // mesh.size) * mesh.size
+
+
+def _traced(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+  """Traces the function before entering shard_map, which rejects indexing mesh-sharded data."""
+  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  structure = jax.tree.structure(shapes)
+  flat = jax.extend.core.jaxpr_as_fun(program)
+  return lambda *arguments: jax.tree.unflatten(structure, flat(*jax.tree.leaves(arguments)))
+
+
+def _chunk_or_default(chunk: int | None, num_tasks: int) -> int:
+  """The requested chunk, or the backend's default, capped at the number of tasks."""
+  chunk = devices.defaults().chunk if chunk is None else chunk
+  return num_tasks if chunk is None else min(chunk, num_tasks)
+
+
+def _padded(tasks: Any, num_tasks: int, slots: int) -> Any:
+  """Repeats the last task until there are as many tasks as slots."""
+  if num_tasks == slots:
+    return tasks
+  rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
+  return jax.tree.map(lambda leaf: leaf[rows], tasks)
+
+
+def _repeated(tree: Any, times: int) -> Any:
+  return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], times, axis=0), tree)
+
+
+def _first(inner_state: InnerState) -> InnerState:
+  return jax.tree.map(lambda leaf: leaf[0], inner_state)
+
+
+def _divided(tree: Any, num_tasks: int) -> Any:
+  return jax.tree.map(lambda leaf: leaf / num_tasks, tree)
+
+
+def _check_sizes(num_tasks: int, chunk: int | None) -> None:
+  if num_tasks < 1:
+    raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
+  if chunk is not None and not 1 <= chunk <= num_tasks:
+    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
