@@ -317,7 +317,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-  """Seconds of every call in every round, after one to warm up: drift meets all of them."""
+  """Times all calls in turns, after one to warm up, so that drift in speed affects them equally."""
   for call in calls:
     timed(call)
   seconds: list[list[float]] = [[] for _ in calls]

@@ -2,10 +2,10 @@
 
   python -m benchmarks.wall_clock --algorithms=reptile,maml --inner_steps=5,10 --out=FILE.jsonl
 
-Lowering, compiling and running are timed apart. Cases take turns, round after round, so that a
-drift of the machine's speed meets all of them, and so does the float32 matrix multiplication whose
-rate is the measure: model FLOP/s, as `benchmarks.cases` counts them, are printed as a fraction of
-it. `error` is the relative error of a task's gradient against plain loops in float64.
+Lowering, compiling and running are timed apart. All cases take turns in every round, so drift in
+machine speed affects them equally. A float32 matrix multiplication takes turns with them; its rate
+is the unit in which the model FLOP/s of a case, counted as in `benchmarks.cases`, are printed.
+`error` is the relative error of the gradient of one task, compared with plain loops in float64.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What the experiment binaries share: flags, checks, processes, signals, how they end."""
+"""What all experiment binaries share: flags, checks, processes and signals."""
 
 import os
 import re
@@ -38,7 +38,7 @@ _SHARED_FLAGS = (
 
 
 def defaults(own_flags: Iterable[flags.FlagHolder], **changes: Any) -> SimpleNamespace:
-  """The flags' default values, but for `changes`.
+  """The default values of the flags, with some `changes`.
 
   Raises:
     ValueError: if a change names no flag.
@@ -227,11 +227,11 @@ def check_numbers(settings: SimpleNamespace, *at_least_one: str) -> None:
 
 
 def refuse(settings: SimpleNamespace, *decided: str, **fixed: Any) -> None:
-  """Flags that an experiment decides by itself, or has no use for, and those it has one value for.
+  """Refuses values for flags that an experiment sets itself.
 
   Raises:
-    ValueError: if one is given, or another value.
+    ValueError: if a flag in `decided` is given, or one in `fixed` has another value.
   """
   for name, value in {**dict.fromkeys(decided), **fixed}.items():
     if getattr(settings, name) != value:
-      raise ValueError(f"--{name} is not for this experiment to be given: leave it out")
+      raise ValueError(f"--{name} is set by this experiment and cannot be overridden: remove it")

@@ -4,7 +4,7 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from metajax import convolution, data, losses, models, theory
+from metajax import data, losses, models, theory
 from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import cycling, replacement, separate_tail, shared_tail
 from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interval, transductive
@@ -41,7 +41,6 @@ __all__ = [
   "Task",
   "carried",
   "combine",
-  "convolution",
   "cores_as_devices",
   "cycling",
   "data",

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 class Defaults(NamedTuple):
   """Per-backend defaults for options left as None."""
 
-  convolution: str  # of `metajax.convolution`
+  convolution: str  # of `metajax.models.convolution`
   chunk: int | None  # tasks at once on a device, in `sharded` and `map_tasks`; None for all
 
 

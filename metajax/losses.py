@@ -1,4 +1,4 @@
-"""Losses of one minibatch, with the reduction named: the paper's code sums, most codes average."""
+"""Losses of a minibatch, with an explicit reduction: the paper's code sums, most codes average."""
 
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ _REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
 
 
 def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
-  """Softmax cross-entropy against integer labels: -log p(y | x), over the minibatch, in nats.
+  """Softmax cross-entropy -log p(y | x) of a minibatch with integer labels, in nats.
 
   Args:
     apply: `(params, inputs [n, ...]) -> logits [n, classes]`.
-    reduction: `"sum"`, as in the paper's code, or `"mean"`, over the `n` examples. It scales the
-      gradient, which SGD feels and Adam hides.
+    reduction: `"sum"`, as in the paper's code, or `"mean"` over the `n` examples. It scales the
+      gradient, which changes the steps of SGD but not those of Adam.
 
   Raises:
     ValueError: for any other reduction; when called, if the labels are not integers `[n]`.
@@ -32,7 +32,7 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
 
 
 def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
-  """Squared error ||f(x) - y||^2, over the minibatch, in squared units of the targets.
+  """Squared error ||f(x) - y||^2 of a minibatch, in squared units of the targets.
 
   Args:
     apply: `(params, inputs [n, ...]) -> outputs`, of the targets' shape `[n, ...]`.

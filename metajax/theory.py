@@ -1,5 +1,5 @@
-"""Section 5 in numbers: what a meta-gradient is to first order in the inner stepsize, and Reptile
-as descent on the distance to the tasks' solutions.
+"""The analysis of Section 5: expansions of meta-gradients to first order in the inner stepsize, and
+Reptile as descent on the distance to the solutions of the tasks.
 
 For SGD of rate alpha on minibatches in random order, every estimator here has the expectation
 `a AvgGrad - b AvgGradInner + O(alpha^2)`; the coefficients differ (Equations 37, 39 and 41).
@@ -39,7 +39,7 @@ class Coefficients(NamedTuple):
 
   @property
   def ratio(self) -> float:
-    """How much an estimator cares for the second term."""
+    """The weight of the second term relative to the first."""
     return self.avg_grad_inner / self.avg_grad
 
 
@@ -59,7 +59,7 @@ def reptile_coefficients(k: int, alpha: float) -> Coefficients:
 
 
 def expansion(loss_fn: LossFn, params: Params, minibatches: Examples) -> Expansion:
-  """Both directions at phi, exactly, over the given tasks and all orders of their minibatches.
+  """Computes both directions at phi exactly, for the given tasks and all orders of minibatches.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
@@ -129,7 +129,7 @@ def predict(found: Expansion, coefficients: Coefficients) -> Params:
 
 
 def fit(gradient: Params, found: Expansion) -> Coefficients:
-  """The coefficients that come nearest to a gradient, by least squares."""
+  """Fits the coefficients to a gradient by least squares."""
   flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
   directions = np.stack([flat(found.avg_grad), -flat(found.avg_grad_inner)], axis=1)
   a, b = np.linalg.lstsq(directions, flat(gradient), rcond=None)[0]

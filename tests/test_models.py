@@ -11,7 +11,7 @@ from flax import nnx
 
 import metajax
 from metajax import models
-from metajax.convolution import convolution
+from metajax.models.convolution import convolution
 
 KEY = jax.random.key(0)
 

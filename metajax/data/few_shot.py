@@ -59,7 +59,7 @@ def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
 
 
 def _stored(inputs: np.ndarray) -> np.ndarray:
-  """The inputs in the type that JAX will hold them in."""
+  """Converts the inputs to the dtype in which JAX stores them."""
   if inputs.dtype != bool and not jnp.issubdtype(inputs.dtype, jnp.number):
     raise ValueError(f"inputs must be numbers, not {inputs.dtype}: encode them")
   with np.errstate(over="ignore"):
@@ -78,9 +78,9 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   """Draws `ways` classes, and `train_shots + test_shots` different examples of each.
 
   Args:
-    classes: where to draw from. The function that is returned closes over its arrays, and jit makes
-      them constants of the program; if they are large, pass `inputs` as an argument of it, and
-      `classes._replace(inputs=inputs)` here.
+    classes: the classes to draw from. The returned function closes over their arrays, which jit
+      makes constants of the program. If they are large, pass `inputs` to your program as an
+      argument, and give `classes._replace(inputs=inputs)` here.
     ways: classes in a task; their labels are 0 ... ways - 1.
     train_shots: examples of each class to adapt on.
     test_shots: examples of each class to be judged on.

@@ -1,130 +1,27 @@
-"""The paper's networks, and adapters for networks of any framework: a model is `(init, apply)`.
+"""The paper's networks and those of Finn et al. (2017).
 
-Batch normalization always uses the statistics of the batch, in training and in testing, so a model
-has no state besides its parameters, and vmaps freely.
+Batch normalization always uses the statistics of the batch, in training and in testing. So a model
+has no state besides its parameters, and can be vmapped freely.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors
 from flax import linen as nn
 
-from metajax.convolution import Method, convolution
-from metajax.types import Apply, Params, PRNGKey
+from metajax.models.adapters import Model, from_linen
+from metajax.models.convolution import Method, convolution
 
 Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
 Padding = Literal["SAME", "VALID"]
 
 
-_MISFITS = (
-  errors.ScopeCollectionNotFound,
-  errors.ScopeParamNotFoundError,
-  errors.ScopeParamShapeError,
-)
-
-
-class Model(NamedTuple):
-  """A network as two pure functions; make one by hand from any pair."""
-
-  init: Callable[[PRNGKey], Params]
-  apply: Apply  # (params, inputs [n, ...]) -> outputs [n, ...]
-
-
-def from_linen(module: nn.Module, example_inputs: Any) -> Model:
-  """A Flax Linen module that has parameters and nothing else.
-
-  Args:
-    module: called with one argument, the inputs.
-    example_inputs: an array (or tree) of the inputs' shape, `[n, ...]`.
-
-  Raises:
-    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
-      `apply`, if the parameters or the inputs are not of the shapes that it has.
-  """
-
-  def init(key: PRNGKey) -> Params:
-    variables = module.init(key, example_inputs)
-    if set(variables) - {"params"}:
-      raise ValueError(
-        f"a model has parameters only, and this one has {sorted(set(variables) - {'params'})}: "
-        "use metajax.models.BatchStatsNorm in place of nn.BatchNorm"
-      )
-    return variables.get("params", {})
-
-  def apply(params: Params, inputs: Any) -> Any:
-    try:
-      return module.apply({"params": params}, inputs)
-    except _MISFITS as error:
-      shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
-      raise ValueError(
-        f"inputs {shapes} and the parameters do not fit each other: give inputs of the size that "
-        "the model was made for, and the parameters that its init returned"
-      ) from error
-
-  return Model(init, apply)
-
-
-def from_nnx(make: Callable[[Any], Any]) -> Model:
-  """A Flax NNX module.
-
-  Args:
-    make: `nnx.Rngs -> nnx.Module`, called with one argument, the inputs.
-
-  Raises:
-    ValueError: in `init`, if the module has state besides parameters.
-  """
-  from flax import nnx
-
-  def split(key: PRNGKey) -> tuple[Any, Any]:
-    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
-    params, rest = states
-    if jax.tree.leaves(nnx.filter_state(rest, nnx.Not(nnx.RngState))):
-      raise ValueError("a model has parameters only: this NNX module keeps other variables too")
-    return graph, (params, rest)
-
-  def init(key: PRNGKey) -> Params:
-    return nnx.to_pure_dict(split(key)[1][0])
-
-  def apply(params: Params, inputs: Any) -> Any:
-    graph, (structure, rest) = split(jax.random.key(0))
-    nnx.replace_by_pure_dict(structure, params)
-    return nnx.merge(graph, structure, rest)(inputs)
-
-  return Model(init, apply)
-
-
-def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
-  """An Equinox module; its call takes one example and is vmapped over the inputs.
-
-  Args:
-    make: `key -> eqx.Module`.
-
-  Raises:
-    ValueError: in `init`, if the module has arrays that are not floating point.
-  """
-  import equinox as eqx
-
-  def init(key: PRNGKey) -> Params:
-    params, rest = eqx.partition(make(key), eqx.is_inexact_array)
-    if any(map(eqx.is_array, jax.tree.leaves(rest))):
-      raise ValueError("a model has parameters only: this Equinox module has integer arrays too")
-    return params
-
-  def apply(params: Params, inputs: Any) -> Any:
-    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
-    static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
-    return jax.vmap(eqx.combine(params, static))(inputs)
-
-  return Model(init, apply)
-
-
 class BatchStatsNorm(nn.Module):
-  """Batch normalization by the batch's own mean and biased variance, always.
+  """Batch normalization that always uses the mean and the biased variance of the current batch.
 
   Attributes:
     epsilon: added to the variance; 1e-3 in the paper's code (TensorFlow's default).
@@ -153,7 +50,7 @@ class ConvNet(nn.Module):
     filters: features of every convolution.
     downsample: `"stride"` (convolutions of stride 2) or `"pool"` (2x2 max-pooling).
     head: the dense layer sees `"flatten"`, all positions, or `"mean"`, their average.
-    method: of `metajax.convolution`.
+    method: of `metajax.models.convolution`.
     pool_padding: whether pooling an odd number of rows keeps the last (`"SAME"`) or drops it.
     norm_scale: whether batch normalization has scales besides offsets.
     head_init: of the dense layer's kernel.
@@ -231,8 +128,8 @@ def max_pool(inputs: jax.Array, padding: Padding = "SAME") -> jax.Array:
 
   With padding `"VALID"` an odd last row or column is dropped: `floor` in place of `ceil`.
 
-  As elementwise selections, since the gradient of XLA's window reduction is slow on CPU; it goes to
-  the first of equal entries, as there.
+  It is written as elementwise selections, since the gradient of XLA's window reduction is slow on
+  CPU. As there, the gradient goes to the first of equal entries.
   """
   n, height, width, channels = inputs.shape
   if padding == "SAME":
@@ -260,7 +157,7 @@ def omniglot(
     ways: classes.
     filters: 64 in the paper; 113,221 parameters at 5 ways.
     downsample: `"stride"`, as in the paper, or `"pool"`.
-    method: of `metajax.convolution`.
+    method: of `metajax.models.convolution`.
 
   Returns:
     A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
@@ -274,7 +171,7 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
   Args:
     ways: classes.
     filters: 32 in the paper.
-    method: of `metajax.convolution`.
+    method: of `metajax.models.convolution`.
 
   Returns:
     A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
@@ -285,8 +182,9 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
 def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None) -> Model:
   """The Omniglot network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
 
-  As `omniglot`, but the dense layer sees the mean over positions and starts from N(0, 1), and batch
-  normalization has no scales. Its offsets are not theirs to adapt: leave them out of inner steps.
+  It differs from `omniglot` in that the dense layer takes the mean over positions and starts from
+  N(0, 1), and that batch normalization has no scales. Finn et al. do not adapt its offsets: mask
+  them in the inner optimizer to do the same.
   """
   return _images(
     (28, 28, 1),
@@ -302,9 +200,9 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
 def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
   """The mini-ImageNet network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
 
-  As `mini_imagenet`, but pooling drops odd rows and columns, which leaves 5 x 5 positions of 6 x 6,
-  and batch normalization has no scales. Its offsets are not theirs to adapt: leave them out of
-  inner steps.
+  It differs from `mini_imagenet` in that pooling drops odd rows and columns, which leaves 5 x 5
+  positions instead of 6 x 6, and that batch normalization has no scales. Finn et al. do not adapt
+  its offsets: mask them in the inner optimizer to do the same.
   """
   return _images(
     (84, 84, 3),

@@ -1,7 +1,7 @@
-"""Convolution two ways, with one signature, the same parameters and the same result.
+"""Two implementations of convolution with the same signature, parameters and results.
 
 XLA's own convolution on CPU is slow inside a scan, and where vmap gives every task its own kernel
-(it becomes a grouped convolution). As shifted slices and one matrix multiplication the same work
+(it becomes a grouped convolution). As shifted slices and one matrix multiplication, the same work
 runs nine times as fast there; `benchmarks/README.md` has the figures.
 """
 

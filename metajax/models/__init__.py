@@ -1,0 +1,32 @@
+"""Networks, and adapters for networks of any framework: a model is a pair `(init, apply)`."""
+
+from metajax.models import convolution
+from metajax.models.adapters import Model, from_equinox, from_linen, from_nnx
+from metajax.models.networks import (
+  MLP,
+  BatchStatsNorm,
+  ConvNet,
+  finn_mini_imagenet,
+  finn_omniglot,
+  max_pool,
+  mini_imagenet,
+  omniglot,
+  sine,
+)
+
+__all__ = [
+  "MLP",
+  "BatchStatsNorm",
+  "ConvNet",
+  "Model",
+  "convolution",
+  "finn_mini_imagenet",
+  "finn_omniglot",
+  "from_equinox",
+  "from_linen",
+  "from_nnx",
+  "max_pool",
+  "mini_imagenet",
+  "omniglot",
+  "sine",
+]

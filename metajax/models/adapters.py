@@ -1,0 +1,111 @@
+"""Models, and adapters that make one from a Flax or Equinox module."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import errors
+from flax import linen as nn
+
+from metajax.types import Apply, Params, PRNGKey
+
+_MISFITS = (
+  errors.ScopeCollectionNotFound,
+  errors.ScopeParamNotFoundError,
+  errors.ScopeParamShapeError,
+)
+
+
+class Model(NamedTuple):
+  """A network as two pure functions. Any such pair of functions is a model."""
+
+  init: Callable[[PRNGKey], Params]
+  apply: Apply  # (params, inputs [n, ...]) -> outputs [n, ...]
+
+
+def from_linen(module: nn.Module, example_inputs: Any) -> Model:
+  """Makes a model from a Flax Linen module that has parameters and no other variables.
+
+  Args:
+    module: called with one argument, the inputs.
+    example_inputs: an array (or tree) of the inputs' shape, `[n, ...]`.
+
+  Raises:
+    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
+      `apply`, if the parameters or the inputs are not of the shapes that it has.
+  """
+
+  def init(key: PRNGKey) -> Params:
+    variables = module.init(key, example_inputs)
+    if set(variables) - {"params"}:
+      raise ValueError(
+        f"a model has parameters only, and this one has {sorted(set(variables) - {'params'})}: "
+        "use metajax.models.BatchStatsNorm in place of nn.BatchNorm"
+      )
+    return variables.get("params", {})
+
+  def apply(params: Params, inputs: Any) -> Any:
+    try:
+      return module.apply({"params": params}, inputs)
+    except _MISFITS as error:
+      shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
+      raise ValueError(
+        f"inputs {shapes} and the parameters do not fit each other: give inputs of the size that "
+        "the model was made for, and the parameters that its init returned"
+      ) from error
+
+  return Model(init, apply)
+
+
+def from_nnx(make: Callable[[Any], Any]) -> Model:
+  """Makes a model from a Flax NNX module that has parameters and no other variables.
+
+  Args:
+    make: `nnx.Rngs -> nnx.Module`, called with one argument, the inputs.
+
+  Raises:
+    ValueError: in `init`, if the module has state besides parameters.
+  """
+  from flax import nnx
+
+  def split(key: PRNGKey) -> tuple[Any, Any]:
+    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
+    params, rest = states
+    if jax.tree.leaves(nnx.filter_state(rest, nnx.Not(nnx.RngState))):
+      raise ValueError("a model has parameters only: this NNX module keeps other variables too")
+    return graph, (params, rest)
+
+  def init(key: PRNGKey) -> Params:
+    return nnx.to_pure_dict(split(key)[1][0])
+
+  def apply(params: Params, inputs: Any) -> Any:
+    graph, (structure, rest) = split(jax.random.key(0))
+    nnx.replace_by_pure_dict(structure, params)
+    return nnx.merge(graph, structure, rest)(inputs)
+
+  return Model(init, apply)
+
+
+def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
+  """Makes a model from an Equinox module, whose call takes one example and is vmapped.
+
+  Args:
+    make: `key -> eqx.Module`.
+
+  Raises:
+    ValueError: in `init`, if the module has arrays that are not floating point.
+  """
+  import equinox as eqx
+
+  def init(key: PRNGKey) -> Params:
+    params, rest = eqx.partition(make(key), eqx.is_inexact_array)
+    if any(map(eqx.is_array, jax.tree.leaves(rest))):
+      raise ValueError("a model has parameters only: this Equinox module has integer arrays too")
+    return params
+
+  def apply(params: Params, inputs: Any) -> Any:
+    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+    static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+    return jax.vmap(eqx.combine(params, static))(inputs)
+
+  return Model(init, apply)
