@@ -46,6 +46,8 @@ def carried(optimizer: optax.GradientTransformation) -> Carried:
   schedules and for most uses of Adam. The paper's code hands the second moment of Adam with
   `b1=0` from task to task in training, and starts evaluations from it; this function is for that.
 
+  Apply it last: the result of `optax.chain` is not carried, even if a part of the chain is.
+
   Args:
     optimizer: any optax transformation.
 
