@@ -3,21 +3,22 @@
   python -m experiments.combinations --data_dir=DIR --seeds=2 --out=DIR
 
 Trains the ten combinations of g_1 ... g_k, k = 1 ... 4, on 5-shot 5-way Omniglot by plain SGD
-inside and out, each run on a device of its own, several at once. Takes the flags of
-`experiments.few_shot`; a run is one of its runs, in a folder of its own, so that the same command
-goes on where it stopped. The run folder (--out) gets result.json, figure3.png and figure3.svg.
+inside and out, each run on a device of its own, several at once. A run is one of
+`experiments.few_shot`, in a folder of its own, so that the same command resumes what was
+interrupted. The run folder (--out) gets result.json, figure3.png and figure3.svg.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
-from experiments import common, few_shot, folders, reports
+from experiments import cli, folders, plots, runs
+from experiments.recipes import PLAIN_SGD, Recipe
+from experiments.settings import Settings, option
 
 
 def _fractions(k: int) -> dict[str, tuple[str, list[float]]]:
@@ -37,82 +38,91 @@ CURVES: dict[str, tuple[str, list[float]]] = {
   **_fractions(4),
 }
 
-Logs = dict[str, list[list[folders.Record]]]  # by curve, of every seed
+Logs = dict[str, list[list[folders.Line]]]  # by curve, of every seed
+Runs = list[tuple[str, Recipe, Path]]  # with label and folder
 
-# fmt: off
-_FLAGS = (
-  *few_shot.FLAGS,
-  flags.DEFINE_list("curves", list(CURVES), f"Any of {', '.join(CURVES)}."),
-)
-# fmt: on
-_DEFAULTS = few_shot.PLAIN_SGD | {"train_shots": None, "inner_batch": 25, "eval_every": 500}
+_DECIDED = (
+  "algorithm",
+  "weights",
+  "inner_steps",
+  "train_shots",
+  "tail",
+  "tail_shots",
+)  # by the curve
+FIGURE = replace(PLAIN_SGD, inner_batch=25, eval_every=500)
 
 
-def runs(settings: SimpleNamespace) -> dict[str, list[SimpleNamespace]]:
-  """The settings of every run, by curve: one for each seed.
+@dataclass(frozen=True, kw_only=True)
+class Curves(Settings):
+  """Which part of the figure."""
+
+  curves: tuple[str, ...] = option(tuple(CURVES), f"Any of {', '.join(CURVES)}.")
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if set(self.curves) - set(CURVES):
+      raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
+
+
+def recipes(recipe: Recipe, curves: Curves) -> dict[str, Recipe]:
+  """The recipe of every curve.
 
   Training tasks have as many shots as it takes that no two of the k minibatches overlap.
 
   Raises:
-    ValueError: if a flag is no good.
+    ValueError: if a setting is no good.
   """
-  unknown = sorted(set(settings.curves) - set(CURVES))
-  if unknown or not settings.curves:
-    raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
-  common.refuse(
-    settings, "weights", "inner_steps", "train_shots", algorithm="combine", tail="shared"
-  )
-  if "test" not in settings.curve_splits:
+  if "test" not in recipe.curve_splits:
     raise ValueError("--curve_splits must have test, which is what the figure shows")
-  chosen = common.changed(settings)
-  del chosen.curves
-  found = {}
-  for name in settings.curves:
-    weights = CURVES[name][1]
-    one = common.changed(
-      chosen,
-      weights=weights,
+  return {
+    name: replace(
+      recipe,
+      weights=tuple(weights),
       inner_steps=len(weights),
-      train_shots=-(-len(weights) * settings.inner_batch // settings.ways),
-      out=str(Path(settings.out, name)),
+      train_shots=-(-len(weights) * recipe.inner_batch // recipe.ways),
     )
-    few_shot.check(one)
-    found[name] = common.of_each_seed(one)
-  return found
+    for name, (_, weights) in CURVES.items()
+    if name in curves.curves
+  }
 
 
-def run(settings: SimpleNamespace, by_curve: dict[str, list[SimpleNamespace]]) -> dict[str, Any]:
+def runs_of(recipe: Recipe, curves: Curves, seeds: int, out: Path) -> dict[str, Runs]:
+  """The runs of every curve, one for each seed."""
+  return {
+    name: runs.of_each_seed(name, one, out / name, seeds)
+    for name, one in recipes(recipe, curves).items()
+  }
+
+
+def run(
+  recipe: Recipe, by_curve: dict[str, Runs], folder: folders.RunFolder, seeds: int
+) -> dict[str, Any]:
   """Trains what is not there yet; returns what it writes to result.json."""
-  many = [
-    (f"{name}, seed {one.seed}", one)
-    for of_seeds in zip(*by_curve.values(), strict=True)
-    for name, one in zip(by_curve, of_seeds, strict=True)
-  ]
+  many = [one for of_seeds in zip(*by_curve.values(), strict=True) for one in of_seeds]
   many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # a long one begun last ends alone
-  results = dict(zip((one.out for _, one in many), few_shot.run_all(many), strict=True))
-  folder = folders.open_folder(_of_figure(settings))
-  before = folder.result() or {"curves": {}, "seeds": settings.seeds}
-  curves = before["curves"] if before["seeds"] == settings.seeds else {}
+  results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
+  before: dict[str, Any] = folder.result() or {"curves": {}, "seeds": seeds}
+  curves = before["curves"] if before["seeds"] == seeds else {}
   curves |= {
-    name: reports.cells_over_seeds([results[one.out] for one in of_seeds])
+    name: plots.cells_over_seeds([results[out] for _, _, out in of_seeds])
     for name, of_seeds in by_curve.items()
   }
-  result = {
+  result: dict[str, Any] = {
     "curves": {name: curves[name] for name in CURVES if name in curves},
-    "meta_steps": settings.meta_steps,
-    "seeds": settings.seeds,
+    "meta_steps": recipe.meta_steps,
+    "seeds": seeds,
     "versions": folders.versions(),
   }
   folder.finish(result)
-  there = runs(common.changed(settings, curves=list(result["curves"])))
-  logs = {name: [folders.logged(one.out) for one in of_seeds] for name, of_seeds in there.items()}
-  draw(logs, Path(settings.out, "figure3"))
-  print(f"accuracy over {settings.eval_tasks} test tasks after {settings.meta_steps} meta-steps")
+  there = runs_of(recipe, Curves(curves=tuple(result["curves"])), seeds, folder.path)
+  logs = {name: [folders.logged(out) for _, _, out in of_seeds] for name, of_seeds in there.items()}
+  draw(logs, folder.path / "figure3")
+  print(f"accuracy over {recipe.eval_tasks} test tasks after {recipe.meta_steps} meta-steps")
   for name, cells in result["curves"].items():
     print(f"  {CURVES[name][0]}")
     for cell, value in cells.items():
-      print(f"    {cell:20s} {reports.percent(value)}")
-  print(f"  the runs are in {settings.out}")
+      print(f"    {cell:20s} {plots.percent(value)}")
+  print(f"  the runs are in {folder.path}")
   return result
 
 
@@ -122,12 +132,12 @@ def draw(logs: Logs, path: Path) -> None:
   logs = {name: of_seeds[:seeds] for name, of_seeds in logs.items()}
   first = next(iter(logs.values()))[0][0]["test"]
   cell = next(name for name in first if name.endswith("transductive"))
-  with reports.drawing(path, figsize=(12.0, 4.8)) as figure:
+  with plots.drawing(path, figsize=(12.0, 4.8)) as figure:
     whole, upper = figure.subplots(1, 2)
     for name in (name for name in CURVES if name in logs):
-      records = logs[name]
+      lines = logs[name]
       label, weights = CURVES[name]
-      steps, mean, band = reports.curve(records, "test", cell)
+      steps, mean, band = plots.curve(lines, "test", cell)
       mean, band = _smooth(mean), _smooth(band)
       style = {"m": ":", "s": "-", "l": "--", "g": "-"}[name[0]]
       color = f"C{len(weights) - 1}"
@@ -138,9 +148,9 @@ def draw(logs: Logs, path: Path) -> None:
     upper.set(xlabel="meta-steps", title="the same, above 85 % and without bands", ylim=(85, 100))
     for axes in (whole, upper):
       axes.grid(alpha=0.3)
-    title = f"{cell},\nrunning mean of 5 points;\n{reports.band_title(seeds)}"
-    lines = whole.get_legend_handles_labels()
-    figure.legend(*lines, title=title, fontsize=8, title_fontsize=8, loc="outside right center")
+    title = f"{cell},\nrunning mean of 5 points;\n{plots.band_title(seeds)}"
+    labelled = whole.get_legend_handles_labels()
+    figure.legend(*labelled, title=title, fontsize=8, title_fontsize=8, loc="outside right center")
 
 
 def _smooth(values: np.ndarray, reach: int = 2) -> np.ndarray:
@@ -150,34 +160,21 @@ def _smooth(values: np.ndarray, reach: int = 2) -> np.ndarray:
   return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reaches)])
 
 
-def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
-  """What all curves have in common: `--curves` may be trained one after another."""
-  return common.changed(settings, curves=None)
-
-
-def program(settings: SimpleNamespace) -> Callable[[], Any]:
-  """What the binary does, checked."""
-  common.check_numbers(settings, "inner_batch", "ways")
-  by_curve = runs(settings)
-  if settings.plot_only:
-    found = {name: folders.logs_of_seeds(Path(settings.out, name)) for name in by_curve}
+def program(options: cli.Run, curves: Curves, recipe: Recipe) -> Callable[[], Any]:
+  """Checks what the binary is asked to do, and returns what to run."""
+  out = Path(options.out or "")
+  by_curve = runs_of(recipe, curves, options.seeds, out)
+  if options.plot_only:
+    found = {name: folders.logs_of_seeds(out / name) for name in by_curve}
     there = {name: logs for name, logs in found.items() if logs}
     if not there:
-      raise ValueError(f"{settings.out} holds no run to draw: train first, without --plot_only")
-    return partial(draw, there, Path(settings.out, "figure3"))
-  few_shot.check_all([one for many in by_curve.values() for one in many])
-  folders.open_folder(_of_figure(settings)).begin("a run of each curve and seed")
-  return partial(run, settings, by_curve)
-
-
-def defaults(**changes: Any) -> SimpleNamespace:
-  """The flags' default values, but for `changes`: to run from Python."""
-  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
-
-
-def main(argv: list[str]) -> None:
-  common.main("combinations", argv, _FLAGS, _DEFAULTS, program)
+      raise ValueError(f"{out} holds no run to draw: train first, without --plot_only")
+    return partial(draw, there, out / "figure3")
+  runs.check_all([one for of_seeds in by_curve.values() for one in of_seeds])
+  folder = runs.open_folder(recipe, out, without=_DECIDED)
+  folder.begin("a run of each curve and seed")
+  return folders.locked(out, partial(run, recipe, by_curve, folder, options.seeds))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=common.parse_flags)
+  cli.main(program, Curves(), FIGURE, leave_out=_DECIDED)

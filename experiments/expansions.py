@@ -11,34 +11,27 @@ run folder (--out) gets result.json, expansions.png and .svg, figure2.png and .s
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
 import metajax
-from experiments import common, folders, reports, training
+from experiments import cli, folders, jobs, plots
+from experiments.settings import Settings, option, values_of
 from metajax import theory
-
-# fmt: off
-_FLAGS = (
-  flags.DEFINE_integer("waves", 20, "Tasks that expectations are over."),
-  flags.DEFINE_integer("points", 10, "Samples of a wave in a minibatch."),
-)
-# fmt: on
-_DEFAULTS = {"meta_steps": 400}  # of Figure 2
 
 KS = tuple(range(2, 9))
 SHOWN_K = 4
 SMALL = 1e-5  # the stepsize at which coefficients are fitted
 ALPHAS = tuple(float(alpha) for alpha in np.logspace(-4, -0.5, 15))
+
 _MODEL = metajax.models.sine((20, 20, 1))
 _LOSS = metajax.losses.squared_error(_MODEL.apply, reduction="mean")
 ALGORITHMS: dict[
@@ -51,6 +44,16 @@ ALGORITHMS: dict[
     theory.reptile_coefficients,
   ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Settings):
+  """The size of the measurement."""
+
+  waves: int = option(20, "Tasks that expectations are over.", at_least=1)
+  points: int = option(10, "Samples of a wave in a minibatch.", at_least=1)
+  meta_steps: int = option(400, "Outer steps of Figure 2.", at_least=1)
+  seed: int = option(0, "Determines everything random.", at_least=0)
 
 
 def problem(key: jax.Array, tasks: int, batch: int) -> tuple[Any, metajax.Examples]:
@@ -110,8 +113,8 @@ def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
 
 
 def _stop_if_asked() -> None:
-  if training.stopping():
-    raise training.StoppedError("stopped, and nothing is kept: the same command starts over")
+  if jobs.stopping():
+    raise jobs.StoppedError("stopped, and nothing is kept: the same command starts over")
 
 
 def _norm(tree: Any) -> float:
@@ -193,7 +196,7 @@ def _optimum(phi: jax.Array) -> jax.Array:
 
 def draw_expansions(result: dict[str, Any], path: Path) -> None:
   """Coefficients against k, the residual against alpha, the ratios against alpha."""
-  with reports.drawing(path, figsize=(13, 4.0)) as figure:
+  with plots.drawing(path, figsize=(13, 4.0)) as figure:
     of_k, residual, ratio = figure.subplots(1, 3)
     for number, name in enumerate(ALGORITHMS):
       color = f"C{number}"
@@ -241,7 +244,7 @@ def draw_expansions(result: dict[str, Any], path: Path) -> None:
 def draw_figure2(result: dict[str, Any], path: Path) -> None:
   """Figure 2: the path in the plane, and the mean squared distance along it."""
   found = result["manifolds"]
-  with reports.drawing(path, figsize=(9.5, 4.2)) as figure:
+  with plots.drawing(path, figsize=(9.5, 4.2)) as figure:
     plane, curve = figure.subplots(1, 2)
     along = np.linspace(-3.2, 3.2, 2)[:, None]
     plane.plot(*(_LINE[0] + along * _LINE[1]).T, color="C0", label="solutions of task 1")
@@ -263,7 +266,7 @@ def draw_figure2(result: dict[str, Any], path: Path) -> None:
       axes.grid(alpha=0.3)
 
 
-def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
+def run(settings: Measurement, folder: folders.RunFolder) -> dict[str, Any]:
   """Measures and draws; returns what it writes to result.json."""
   with jax.enable_x64(True):
     key = jax.random.key(settings.seed)
@@ -307,27 +310,15 @@ def report(result: dict[str, Any]) -> None:
   )
 
 
-def program(settings: SimpleNamespace) -> Callable[[], Any]:
-  """What the binary does, checked."""
-  common.check_numbers(settings, "waves", "points")
-  common.refuse(settings, "eval_tasks")
-  if settings.seeds > 1:
-    raise ValueError("--seeds must be 1: expectations are over --waves, raise that instead")
-  if settings.plot_only:
-    return partial(draw, folders.finished(settings.out), Path(settings.out))
-  folder = folders.open_folder(settings)
+def program(options: cli.Run, settings: Measurement) -> Callable[[], Any]:
+  """Checks what the binary is asked to do, and returns what to run."""
+  out = Path(options.out or "")
+  if options.plot_only:
+    return partial(draw, folders.finished(out), out)
+  folder = folders.RunFolder(out, values_of(settings, Measurement))
   folder.begin("sine waves, drawn from the seed")
-  return partial(run, settings, folder)
-
-
-def defaults(**changes: Any) -> SimpleNamespace:
-  """The flags' default values, but for `changes`: to run from Python."""
-  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
-
-
-def main(argv: list[str]) -> None:
-  common.main("expansions", argv, _FLAGS, _DEFAULTS, program)
+  return folders.locked(out, partial(run, settings, folder))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=common.parse_flags)
+  cli.main(program, Measurement(), leave_out=("seeds",))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: flags.txt, metrics.jsonl, result.json and checkpoints in its folder.
+"""The folder of a run: flags.txt, metrics.jsonl, result.json, and one process at a time.
 
 Of several processes that share a run, all read and only the first writes.
 """
@@ -10,25 +10,24 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 
 import metajax
+from experiments.settings import as_text
 
 try:
   import fcntl
 except ImportError:  # not on Windows
   fcntl = None  # type: ignore[assignment]
 
-Record = dict[str, Any]
+Line = dict[str, Any]
 METRICS = "metrics.jsonl"
-PROCESSES = ("distributed", "coordinator_address", "num_processes", "process_id")  # flags
 
 
 class InUseError(ValueError):
@@ -41,17 +40,25 @@ def writes() -> bool:
 
 
 class RunFolder:
-  """What a run leaves: its flags, a record a line, the result."""
+  """What a run leaves behind. It belongs to the settings that it was begun with."""
 
-  def __init__(self, out: str | os.PathLike, flags: dict[str, Any]) -> None:
-    """Names the folder, which may hold a run that the same flags began.
+  def __init__(
+    self, out: str | os.PathLike, settings: dict[str, Any], *, free: Collection[str] = ()
+  ) -> None:
+    """Opens the folder, which may hold a run that was begun with the same settings.
+
+    Args:
+      out: its path. It need not exist, and nothing is written yet.
+      settings: names and values.
+      free: names of settings that may differ from those the run was begun with.
 
     Raises:
-      ValueError: if it holds a run with other flags.
+      ValueError: if it holds a run with other settings.
     """
     self.path = Path(out).absolute()
     self._flags = self.path / "flags.txt"
-    self._lines = [f"--{name}={value}" for name, value in sorted(flags.items())]
+    self._lines = [f"--{name}={as_text(value)}" for name, value in sorted(settings.items())]
+    self._free = free
     if self._flags.is_file():
       self._compare([line for line in self._before() if line.startswith("--")])
 
@@ -59,23 +66,32 @@ class RunFolder:
     return self._flags.read_text().splitlines()
 
   def _compare(self, before: list[str]) -> None:
-    then = " ".join(line for line in before if line not in self._lines)
-    now = " ".join(line for line in self._lines if line not in before)
+    counts = lambda line: line[2:].split("=")[0] not in self._free
+    then = " ".join(line for line in before if counts(line) and line not in self._lines)
+    now = " ".join(line for line in self._lines if counts(line) and line not in before)
     if then or now:
       raise ValueError(
         f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "
         "go on as it began, choose another --out, or start over with --fresh"
       )
 
-  def begin(self, *conditions: str) -> None:
-    """Makes the folder and writes flags.txt, with what else must not change as comments.
+  def check(self, *conditions: str) -> None:
+    """Compares the folder with what else must not change, such as a checksum of the data.
 
     Raises:
-      ValueError: if that cannot be done, or the run was begun under other conditions.
+      ValueError: if the run was begun under other conditions.
     """
     self._lines += [f"# {condition}" for condition in conditions]
     if self._flags.is_file():
       self._compare(self._before())
+
+  def begin(self, *conditions: str) -> None:
+    """Checks the conditions, makes the folder, and writes flags.txt with them as comments.
+
+    Raises:
+      ValueError: if that cannot be done, or the run was begun under other conditions.
+    """
+    self.check(*conditions)
     if not writes():
       return
     try:
@@ -86,24 +102,24 @@ class RunFolder:
         f"--out={self.path} cannot be written ({error.strerror}): choose another folder"
       ) from error
 
-  def records(self, name: str = METRICS) -> list[Record]:
-    """The lines of a file of records."""
-    return read_records(self.path, name)
+  def lines(self, name: str = METRICS) -> list[Line]:
+    """The lines of a file."""
+    return read_lines(self.path, name)
 
   def keep(
-    self, counts: Callable[[Record], bool] = lambda record: True, name: str = METRICS
-  ) -> list[Record]:
+    self, counts: Callable[[Line], bool] = lambda line: True, name: str = METRICS
+  ) -> list[Line]:
     """Forgets the lines that do not count, and one that is torn; returns the others."""
-    kept = [record for record in self.records(name) if counts(record)]
+    kept = [line for line in self.lines(name) if counts(line)]
     if writes():
-      replace_file(self.path / name, "".join(json.dumps(record) + "\n" for record in kept))
+      replace_file(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
-  def append(self, record: Record, name: str = METRICS) -> None:
+  def append(self, content: Line, name: str = METRICS) -> None:
     """Adds a line, whole or not at all."""
     if not writes():
       return
-    line = json.dumps(record).encode() + b"\n"
+    line = json.dumps(content).encode() + b"\n"
     with (self.path / name).open("ab", buffering=0) as file:
       size = file.seek(0, os.SEEK_END)
       try:
@@ -117,17 +133,17 @@ class RunFolder:
           "command goes on from what is saved"
         ) from error
 
-  def result(self) -> Record | None:
+  def result(self) -> Line | None:
     """What `finish` wrote, if it has."""
     return finished(self.path) if (self.path / "result.json").exists() else None
 
-  def finish(self, result: Record) -> None:
+  def finish(self, result: Line) -> None:
     """Writes result.json: the run is complete."""
     if writes():
       write_json(self.path / "result.json", result)
 
 
-def read_records(folder: Path, name: str = METRICS) -> list[Record]:
+def read_lines(folder: Path, name: str = METRICS) -> list[Line]:
   """The lines of a run's file; one that was cut off by a power failure is left out."""
   path = folder / name
   if not path.exists():
@@ -136,7 +152,7 @@ def read_records(folder: Path, name: str = METRICS) -> list[Record]:
   return [_parsed(path, line) for line in lines if line.endswith("\n")]
 
 
-def finished(out: str | os.PathLike) -> Record:
+def finished(out: str | os.PathLike) -> Line:
   """The result.json of a complete run.
 
   Raises:
@@ -148,29 +164,29 @@ def finished(out: str | os.PathLike) -> Record:
   return _parsed(path, path.read_text())
 
 
-def _parsed(path: Path, text: str) -> Record:
+def _parsed(path: Path, text: str) -> Line:
   try:
     return json.loads(text)
   except ValueError as error:
     raise ValueError(f"{path} is damaged: mend it, or start over with --fresh") from error
 
 
-def logged(out: str | os.PathLike) -> list[Record]:
+def logged(out: str | os.PathLike) -> list[Line]:
   """What a run has left to draw.
 
   Raises:
     ValueError: if there is nothing.
   """
-  found = read_records(Path(out))
+  found = read_lines(Path(out))
   if not found:
     raise ValueError(f"{out} holds no run to draw: train first, without --plot_only")
   return found
 
 
-def logs_of_seeds(out: str | os.PathLike) -> list[list[Record]]:
+def logs_of_seeds(out: str | os.PathLike) -> list[list[Line]]:
   """What the run of each seed in a folder has left to draw, if there are any."""
-  logs = [read_records(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
-  return [records for records in logs if records]
+  logs = [read_lines(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
+  return [lines for lines in logs if lines]
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -183,7 +199,7 @@ def replace_file(path: Path, text: str) -> None:
   beside.replace(path)
 
 
-def write_json(path: Path, content: Record) -> None:
+def write_json(path: Path, content: Line) -> None:
   replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -198,20 +214,19 @@ def describe(splits: metajax.data.Splits) -> str:
   return "; ".join(parts)
 
 
-def folder_name(name: str, settings: SimpleNamespace) -> str:
-  """What --out names, or a new folder."""
-  return os.path.expanduser(settings.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
+def path_of(name: str, out: str | None) -> Path:
+  """The folder that --out names, or a new one."""
+  return Path(out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")).expanduser()
 
 
-def open_folder(settings: SimpleNamespace) -> RunFolder:
-  """The folder that --out names, and what is run, not where; nothing is written yet."""
-  elsewhere = ("out", "plot_only", "fresh", "seeds", "data_dir", "cache_dir", *PROCESSES)
-  given = {
-    flag: ",".join(map(str, value)) if isinstance(value, list) else value
-    for flag, value in vars(settings).items()
-    if value is not None and flag not in elsewhere
-  }
-  return RunFolder(settings.out, given)
+def locked(out: str | os.PathLike, action: Callable[[], Any]) -> Callable[[], Any]:
+  """Does the action while no other process writes in the folder, which exists."""
+
+  def run() -> Any:
+    with alone(out):
+      return action()
+
+  return run
 
 
 @contextmanager

@@ -5,21 +5,22 @@
 First-order MAML with a separate and with a shared tail, and Reptile, on 5-shot 5-way Omniglot by
 plain SGD, tasks of 100 training examples: final accuracy (a) against the number of inner
 iterations, (b) against the inner batch, (c) of shared-tail FOMAML on full batches against the outer
-step. Takes the flags of `experiments.few_shot`; a point is one of its runs, on a device of its own,
-in a folder of its own, so that the same command goes on where it stopped. The run folder (--out)
+step. A point is a run of `experiments.few_shot`, on a device of its own, in a folder of its own, so
+that the same command resumes what was interrupted. The run folder (--out)
 gets result.json, figure4.png and figure4.svg.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
 
-from experiments import common, few_shot, folders, reports
+from experiments import cli, folders, plots, runs
+from experiments.recipes import PLAIN_SGD, Recipe
+from experiments.settings import Settings, option
 
 CURVES: dict[str, dict[str, Any]] = {
   "Reptile (cycling)": {"tail": "shared", "minibatches": "cycling"},
@@ -39,21 +40,38 @@ _LABELS = {
   "outer_rate": "initial outer step, full batches",
 }
 
-# fmt: off
-_FLAGS = (
-  *few_shot.FLAGS,
-  flags.DEFINE_list("panels", list(PANELS), f"Any of {', '.join(PANELS)}."),
+_DECIDED = (
+  "algorithm",
+  "weights",
+  "inner_steps",
+  "inner_batch",
+  "tail",
+  "minibatches",
+)  # by the point
+FIGURE = replace(
+  PLAIN_SGD,
+  inner_batch=BATCH,
+  inner_steps=ITERATIONS,
+  weights=(1.0,) * ITERATIONS,
+  train_shots=20,
+  tail_shots=5,
+  curve_tasks=10,
+  eval_every=5_000,
 )
-# fmt: on
-_DEFAULTS: dict[str, Any] = few_shot.PLAIN_SGD | {
-  "inner_batch": None,  # by the point, as these two
-  "tail": None,
-  "minibatches": None,
-  "train_shots": 20,
-  "tail_shots": 5,
-  "curve_tasks": 10,
-  "eval_every": 5_000,
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panels(Settings):
+  """Which part of the figure."""
+
+  panels: tuple[str, ...] = option(tuple(PANELS), f"Any of {', '.join(PANELS)}.")
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if set(self.panels) - set(PANELS) or len(set(self.panels)) < len(self.panels):
+      raise ValueError(
+        f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once"
+      )
 
 
 class Point(NamedTuple):
@@ -62,92 +80,84 @@ class Point(NamedTuple):
   panel: str
   curve: str
   x: float
-  runs: list[SimpleNamespace]  # one a seed
+  runs: list[tuple[str, Recipe, Path]]  # label, recipe and folder, one for each seed
 
 
-def points(settings: SimpleNamespace) -> list[Point]:
+def points(recipe: Recipe, panels: Panels, seeds: int, out: Path) -> list[Point]:
   """All points of the chosen panels; two panels may share a run.
 
   Raises:
     ValueError: if a flag is no good.
   """
-  unknown = sorted(set(settings.panels) - set(PANELS))
-  if unknown or not settings.panels or len(set(settings.panels)) < len(settings.panels):
-    raise ValueError(f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once")
-  common.refuse(
-    settings, "weights", "inner_steps", "inner_batch", "tail", "minibatches", algorithm="combine"
-  )
-  examples, largest = settings.ways * settings.train_shots, max(PANELS["b"][1])
-  if "b" in settings.panels and examples < largest:
+  examples, largest = recipe.ways * recipe.train_shots, max(PANELS["b"][1])
+  if "b" in panels.panels and examples < largest:
     raise ValueError(
       f"--panels=b has minibatches of {largest} and tasks of {examples} training examples: "
       "raise --train_shots, or leave panel b out"
     )
   found = []
-  for panel in settings.panels:
+  for panel in panels.panels:
     name, values = PANELS[panel]
     for curve in list(CURVES)[-1:] if panel == "c" else CURVES:
       for x in values:
-        where = {"inner_steps": ITERATIONS, "inner_batch": BATCH, "outer_rate": settings.outer_rate}
+        where = {"inner_steps": ITERATIONS, "inner_batch": BATCH, "outer_rate": recipe.outer_rate}
         if panel == "c":
-          where["inner_batch"] = settings.ways * settings.train_shots
-        found.append(Point(panel, curve, x, _runs(settings, curve, where | {name: x})))
+          where["inner_batch"] = examples
+        one = recipe_of(recipe, curve, where | {name: x})
+        label = _label(curve, one)
+        found.append(Point(panel, curve, x, runs.of_each_seed(label, one, out / label, seeds)))
   return found
 
 
-def _runs(settings: SimpleNamespace, curve: str, where: dict[str, Any]) -> list[SimpleNamespace]:
+def recipe_of(recipe: Recipe, curve: str, where: dict[str, Any]) -> Recipe:
+  """The recipe of a point of a curve; `where` has its inner steps, inner batch and outer rate."""
   k = where["inner_steps"]
-  if where["outer_rate"] <= 0:
-    raise ValueError(f"--outer_rate={where['outer_rate']} must be positive and finite")
   weights = [1.0] * k if curve.startswith("Reptile") else [0.0] * (k - 1) + [1.0]
-  step = f"{np.log2(where['outer_rate']):g}"
-  folder = f"{curve}, {k} x {where['inner_batch']}, step 2^{step}"
+  return replace(recipe, weights=tuple(weights), **CURVES[curve], **where)
+
+
+def _label(curve: str, recipe: Recipe) -> str:
+  """The point's name, which its folder has too."""
+  step = f"{np.log2(recipe.outer_rate):g}"
+  label = f"{curve}, {recipe.inner_steps} x {recipe.inner_batch}, step 2^{step}"
   for old, new in ((" ", "_"), ("(", ""), (")", ""), (",", ""), ("^", "")):
-    folder = folder.replace(old, new)
-  one = common.changed(
-    settings, weights=weights, **CURVES[curve], **where, out=str(Path(settings.out, folder.lower()))
-  )
-  del one.panels
-  few_shot.check(one)
-  return common.of_each_seed(one)
+    label = label.replace(old, new)
+  return label.lower()
 
 
-def run(settings: SimpleNamespace, found: list[Point]) -> dict[str, Any]:
+def run(
+  recipe: Recipe, panels: Panels, found: list[Point], folder: folders.RunFolder, seeds: int
+) -> dict[str, Any]:
   """Trains what is not there yet; returns what it writes to result.json."""
-  many = {
-    one.out: (Path(one.out).relative_to(settings.out).as_posix(), one)
-    for point in found
-    for one in point.runs
-  }
-  results = dict(
-    zip(many, few_shot.run_all(list(many.values()), diverging_guesses=True), strict=True)
-  )
-  folder = folders.open_folder(_of_figure(settings))
-  before = folder.result() or {"points": [], "seeds": settings.seeds}
-  kept = before["points"] if before["seeds"] == settings.seeds else []
-  points = [point for point in kept if point["panel"] not in settings.panels] + [
+  many = {one[2]: one for point in found for one in point.runs}
+  results = dict(zip(many, runs.run_all(list(many.values()), diverging_guesses=True), strict=True))
+  before = folder.result() or {"points": [], "seeds": seeds}
+  kept = before["points"] if before["seeds"] == seeds else []
+  points = [point for point in kept if point["panel"] not in panels.panels] + [
     {
-      **point._asdict(),
-      "cells": reports.cells_over_seeds([results[one.out] for one in point.runs]),
-      "runs": [Path(one.out).relative_to(settings.out).as_posix() for one in point.runs],
+      "panel": point.panel,
+      "curve": point.curve,
+      "x": point.x,
+      "cells": plots.cells_over_seeds([results[out] for _, _, out in point.runs]),
+      "runs": [f"{out.parent.name}/{out.name}" for _, _, out in point.runs],
     }
     for point in found
   ]
   result = {
     "points": sorted(points, key=lambda point: point["panel"]),
-    "meta_steps": settings.meta_steps,
-    "seeds": settings.seeds,
-    "cell": f"{settings.eval_shots[0]}-shot transductive",
+    "meta_steps": recipe.meta_steps,
+    "seeds": seeds,
+    "cell": f"{recipe.eval_shots[0]}-shot transductive",
     "versions": folders.versions(),
   }
   folder.finish(result)
-  draw(result, Path(settings.out, "figure4"))
-  print(f"{result['cell']} accuracy over {settings.eval_tasks} test tasks")
+  draw(result, folder.path / "figure4")
+  print(f"{result['cell']} accuracy over {recipe.eval_tasks} test tasks")
   for panel, curve, xs, cells in _lines(result):
     print(f"  ({panel}) {curve}")
     for x, cell in zip(xs, cells, strict=True):
-      print(f"    {PANELS[panel][0]} {x:g}: {reports.percent(cell)}")
-  print(f"  the runs are in {settings.out}")
+      print(f"    {PANELS[panel][0]} {x:g}: {plots.percent(cell)}")
+  print(f"  the runs are in {folder.path}")
   return result
 
 
@@ -162,7 +172,7 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float], list
 def draw(result: dict[str, Any], path: Path) -> None:
   """Figure 4: a panel each for what is varied."""
   panels = list(dict.fromkeys(point["panel"] for point in result["points"]))
-  with reports.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
+  with plots.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
     all_axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     for panel, curve, xs, cells in _lines(result):
       between = "deviation_between_seeds" if result["seeds"] > 1 else "interval95"
@@ -183,38 +193,25 @@ def draw(result: dict[str, Any], path: Path) -> None:
     all_axes[panels[0]].set_ylabel(f"final accuracy, {result['cell']} (%)")
     lines = [axes.get_legend_handles_labels() for axes in all_axes.values()]
     handles = max(lines, key=lambda line: len(line[0]))  # (c) has one curve only
-    bars = reports.band_title(result["seeds"]).replace("band", "bars")
+    bars = plots.band_title(result["seeds"]).replace("band", "bars")
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=8, title=bars)
 
 
-def _of_figure(settings: SimpleNamespace) -> SimpleNamespace:
-  """What all points have in common: `--panels` may be trained one after another."""
-  return common.changed(settings, panels=None)
-
-
-def program(settings: SimpleNamespace) -> Callable[[], Any]:
-  """What the binary does, checked."""
-  common.check_numbers(settings)
-  found = points(settings)
-  if settings.plot_only:
-    result = folders.finished(settings.out)
-    shown = [point for point in result["points"] if point["panel"] in settings.panels]
+def program(options: cli.Run, panels: Panels, recipe: Recipe) -> Callable[[], Any]:
+  """Checks what the binary is asked to do, and returns what to run."""
+  out = Path(options.out or "")
+  found = points(recipe, panels, options.seeds, out)
+  if options.plot_only:
+    result = folders.finished(out)
+    shown = [point for point in result["points"] if point["panel"] in panels.panels]
     if not shown:
-      raise ValueError(f"{settings.out} has no points of --panels={','.join(settings.panels)} yet")
-    return partial(draw, result | {"points": shown}, Path(settings.out, "figure4"))
-  few_shot.check_all([one for point in found for one in point.runs])
-  folders.open_folder(_of_figure(settings)).begin("a run of each point and seed")
-  return partial(run, settings, found)
-
-
-def defaults(**changes: Any) -> SimpleNamespace:
-  """The flags' default values, but for `changes`: to run from Python."""
-  return common.defaults(_FLAGS, **{**_DEFAULTS, **changes})
-
-
-def main(argv: list[str]) -> None:
-  common.main("overlap", argv, _FLAGS, _DEFAULTS, program)
+      raise ValueError(f"{out} has no points of --panels={','.join(panels.panels)} yet")
+    return partial(draw, result | {"points": shown}, out / "figure4")
+  runs.check_all([one for point in found for one in point.runs])
+  folder = runs.open_folder(recipe, out, without=_DECIDED)
+  folder.begin("a run of each point and seed")
+  return folders.locked(out, partial(run, recipe, panels, found, folder, options.seeds))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=common.parse_flags)
+  cli.main(program, Panels(), FIGURE, leave_out=_DECIDED)

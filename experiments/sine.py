@@ -10,28 +10,37 @@ stopped.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from absl import app
 
 import metajax
-from experiments import common, folders, reports, training
+from experiments import cli, folders, jobs, plots
+from experiments.settings import Settings, option, values_of
 
 GRADIENT_STEPS = 32
 _INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
 _POINTS, _GRID = 10, 50
 _CURVE_TASKS = 100
-_DEFAULTS = {"meta_steps": 100_000, "eval_tasks": 1_000}
+_CONDITION = "sine waves, drawn from the seed"
 
 MODEL = metajax.models.sine()
 LOSS = metajax.losses.squared_error(MODEL.apply, reduction="mean")
 INNER = optax.sgd(_INNER_RATE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waves(Settings):
+  """How long each method is trained, and on how many waves it is judged."""
+
+  meta_steps: int = option(100_000, "Outer iterations.", at_least=1)
+  eval_tasks: int = option(1_000, "New waves of the final result.", at_least=2)
+  seed: int = option(0, "Determines everything random.", at_least=0)
 
 
 class Method(NamedTuple):
@@ -123,51 +132,60 @@ def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
   }
 
 
-def train(name: str, settings: SimpleNamespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def train(name: str, waves: Waves, out: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Trains one method of `methods()`, its outer step falling linearly to 0, and judges it."""
-  folder = folders.open_folder(common.changed(settings, out=str(Path(settings.out, name))))
-  folder.begin("sine waves, drawn from the seed")
+  folder = folders.RunFolder(out / name, values_of(waves, Waves))
+  folder.begin(_CONDITION)
   complete = folder.result()
   if complete is not None:
     return complete
-  method, keys = methods()[name], keys_of(settings.seed)
-  rate = optax.linear_schedule(method.outer_rate, 0.0, settings.meta_steps)
+  method, keys = methods()[name], keys_of(waves.seed)
+  rate = optax.linear_schedule(method.outer_rate, 0.0, waves.meta_steps)
   learner = metajax.meta_learner(method.gradient, method.outer(rate), metajax.vmapped(1))
-  state, seconds = training.train(
+  record = jobs.train(
+    folder,
     learner,
     method.sample_task,
     method.make_episode,
     learner.init(jax.jit(MODEL.init)(keys.init)),
     keys.train,
-    meta_steps=settings.meta_steps,
-    eval_every=max(1, settings.meta_steps // 10),
+    num_steps=waves.meta_steps,
+    report_every=max(1, waves.meta_steps // 10),
     steps_per_call=1_000,
     evaluate=lambda state: {"test": judge(state.params, keys.curve, _CURVE_TASKS)},
-    summary=lambda record: (
-      f"step {record['step']}: loss {record['test']['loss'][0]:.3f}, after {GRADIENT_STEPS} "
-      f"gradient steps {record['test']['loss'][-1]:.3f} +- {record['test']['interval95'][-1]:.3f}"
+    summary=lambda line: (
+      f"step {line['step']}: loss {line['test']['loss'][0]:.3f}, after {GRADIENT_STEPS} "
+      f"gradient steps {line['test']['loss'][-1]:.3f} +- {line['test']['interval95'][-1]:.3f}"
     ),
-    score=lambda record: -record["test"]["loss"][-1],
-    folder=folder,
+    score=lambda line: -line["test"]["loss"][-1],
     mesh=mesh,
     label=name,
   )
-  result = report_on(state.params, keys, settings.eval_tasks)
-  folder.finish(result | {"train_seconds": round(seconds, 3)})
-  return result | {"train_seconds": round(seconds, 3)}
+  result = report_on(record.state.params, keys, waves.eval_tasks)
+  result["train_seconds"] = round(record.seconds, 3)
+  folder.finish(result)
+  return result
 
 
-def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
+def run(waves: Waves, seeds: int, folder: folders.RunFolder) -> dict[str, Any]:
   """Trains and judges all methods, of every seed; returns what it writes to result.json."""
-  runs = common.of_each_seed(settings) if settings.seeds > 1 else [settings]
-  jobs = [partial(train, name, run) for run in runs for name in methods()]
-  trained = iter(training.side_by_side(jobs))
+  numbers = range(waves.seed, waves.seed + seeds)
+  inside = lambda seed: folder.path / f"seed{seed}" if seeds > 1 else folder.path
+  trained = iter(
+    jobs.side_by_side(
+      [
+        partial(train, name, replace(waves, seed=seed), inside(seed))
+        for seed in numbers
+        for name in methods()
+      ]
+    )
+  )
   by_seed = []
-  for run in runs:
-    keys = keys_of(run.seed)
-    start = report_on(jax.jit(MODEL.init)(keys.init), keys, settings.eval_tasks)
+  for seed in numbers:
+    keys = keys_of(seed)
+    start = report_on(jax.jit(MODEL.init)(keys.init), keys, waves.eval_tasks)
     by_seed.append({"random": start} | {name: next(trained) for name in methods()})
-  keys = keys_of(settings.seed)
+  keys = keys_of(waves.seed)
   wave = metajax.data.sine.sample_task()(keys.figure)
   column = lambda values: np.asarray(values)[:, 0].round(5).tolist()
   result: dict[str, Any] = {
@@ -178,8 +196,8 @@ def run(settings: SimpleNamespace, folder: folders.RunFolder) -> dict[str, Any]:
       "sampled_x": column(wave.train.inputs),
       "sampled": column(wave.train.targets),
     },
-    "meta_steps": settings.meta_steps,
-    "tasks": settings.eval_tasks,
+    "meta_steps": waves.meta_steps,
+    "tasks": waves.eval_tasks,
     "versions": folders.versions(),
   }
   folder.finish(result)
@@ -231,7 +249,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
   """Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
   shared = result["figure1"]
   titles = {"random": "random initialization", "maml": "MAML", "reptile": "Reptile"}
-  with reports.drawing(path, figsize=(11, 3.8)) as figure:
+  with plots.drawing(path, figsize=(11, 3.8)) as figure:
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
       lines = result["methods"][name]["figure1"]
@@ -249,24 +267,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def program(settings: SimpleNamespace) -> Callable[[], Any]:
-  """What the binary does, checked."""
-  common.check_numbers(settings)
-  if settings.plot_only:
-    return partial(draw, folders.finished(settings.out), Path(settings.out, "figure1"))
-  folder = folders.open_folder(settings)
-  folder.begin("sine waves, drawn from the seed")
-  return partial(run, settings, folder)
-
-
-def defaults(**changes: Any) -> SimpleNamespace:
-  """The flags' default values, but for `changes`: to run from Python."""
-  return common.defaults((), **{**_DEFAULTS, **changes})
-
-
-def main(argv: list[str]) -> None:
-  common.main("sine", argv, (), _DEFAULTS, program)
+def program(options: cli.Run, waves: Waves) -> Callable[[], Any]:
+  """Checks what the binary is asked to do, and returns what to run."""
+  out = Path(options.out or "")
+  if options.plot_only:
+    return partial(draw, folders.finished(out), out / "figure1")
+  folder = folders.RunFolder(out, values_of(waves, Waves))
+  folder.begin(_CONDITION)
+  return folders.locked(out, partial(run, waves, options.seeds, folder))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=common.parse_flags)
+  cli.main(program, Waves())

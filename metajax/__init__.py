@@ -4,15 +4,17 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from metajax import data, losses, models, theory
+from metajax import data, losses, models, theory, training
 from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import cycling, replacement, separate_tail, shared_tail
 from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interval, transductive
-from metajax.execution import Execution, map_tasks, serial, sharded, vmapped
+from metajax.execution import Execution, serial, sharded, vmapped
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile
 from metajax.inner import LearnerState, Step, carried, inner_step, inner_update
 from metajax.meta import MetaLearner, MetaState, Sweep, meta_learner, run, sweep
 from metajax.models import Model
+from metajax.spread import map_tasks
+from metajax.training import Record, train
 from metajax.types import Episode, Examples, Task
 
 
@@ -36,6 +38,7 @@ __all__ = [
   "MetaLearner",
   "MetaState",
   "Model",
+  "Record",
   "Step",
   "Sweep",
   "Task",
@@ -66,6 +69,8 @@ __all__ = [
   "sweep",
   "task_mesh",
   "theory",
+  "train",
+  "training",
   "transductive",
   "vmapped",
 ]

@@ -20,7 +20,9 @@ from orbax.checkpoint.checkpoint_managers import (
   PreservationPolicy,
 )
 
+from metajax import checks
 from metajax.meta import MetaState
+from metajax.programs import copied
 
 # Orbax numbers the saves of a process, and reads the latest number again and again as it starts
 # one: of two that start together in two threads, one would wait for signals that never come.
@@ -81,8 +83,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   Raises:
     ValueError: if `keep` is below 1.
   """
-  if keep < 1:
-    raise ValueError(f"keep must be at least 1, not {keep}")
+  checks.at_least_one(keep=keep)
   folder, scores = Path(folder).absolute(), dict[int, float]()
   options = ocp.CheckpointManagerOptions(preservation_policy=_NewestAndBest(keep, scores))
   manager = ocp.CheckpointManager(folder, options=options)
@@ -117,8 +118,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
   ) -> None:
     nonlocal saving
-    step, copy = int(state.step), _copied(state)
-    score = score if score is not None and math.isfinite(score) else None
+    step, copy = int(state.step), copied(state)
+    score = float(score) if score is not None and math.isfinite(score) else None
     text = json.dumps({"checksums": _checksums(state), "extra": extra or {}, "score": score})
     beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:
@@ -191,7 +192,11 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
 
 
 class _NewestAndBest(PreservationPolicy):
-  """Keeps the newest checkpoints and the one with the highest score."""
+  """Keeps the newest checkpoints and the one with the highest score.
+
+  Orbax's own policies keep the scores as metrics in a file without a checksum. If one such file is
+  damaged, Orbax cannot open the folder at all, so the scores are read from `content` here.
+  """
 
   def __init__(self, keep: int, scores: dict[int, float]) -> None:
     self._keep = keep
@@ -214,12 +219,6 @@ def _unwritten(folder: Path, error: Exception) -> OSError:
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-@jax.jit
-def _copied(state: MetaState) -> MetaState:
-  """Copies the state: a training step that donates it would overwrite what is being written."""
-  return jax.tree.map(jnp.copy, state)
 
 
 def _checksums(state: MetaState) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from metajax import checks
 from metajax.types import Episode, MakeEpisode, PRNGKey, Task, num_examples, take
 
 Schedule = Callable[[PRNGKey, int], jax.Array]  # (key, n) -> int32 rows [k, b] of n examples
@@ -24,7 +25,7 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
   Raises:
     ValueError: if a size is below 1, or, when the schedule is drawn, if there is no example.
   """
-  _check(num_steps, batch_size)
+  checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
     if n < 1:
@@ -51,7 +52,7 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
   Raises:
     ValueError: if a size is below 1, or, when the schedule is drawn, if `b > n`.
   """
-  _check(num_steps, batch_size)
+  checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
     if batch_size > n:
@@ -110,10 +111,3 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
     return Episode(task.train, rows[:-1], task.test)
 
   return make_episode
-
-
-def _check(num_steps: int, batch_size: int) -> None:
-  if num_steps < 1 or batch_size < 1:
-    raise ValueError(
-      f"num_steps and batch_size must be at least 1, not {num_steps} and {batch_size}"
-    )

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
+from metajax import checks
+from metajax.devices import task_mesh
 from metajax.episodes import Schedule
-from metajax.execution import map_tasks
 from metajax.meta import MetaLearner, MetaState
+from metajax.programs import compiled, on_mesh
+from metajax.spread import map_tasks
 from metajax.types import Apply, Params, PRNGKey, SampleTask, Task, num_examples
 
 Predict = Callable[[Params, Task], Any]
@@ -83,33 +86,79 @@ def judge(
   evaluate_task: EvaluateTask,
   sample_task: SampleTask,
   metric: Callable[[Any, Any], Any],
-  num_tasks: int,
   mesh: Mesh | None = None,
   *,
+  tasks_per_call: int = 25,
   chunk: int | None = None,
-) -> Callable[[MetaState, PRNGKey, int | jax.Array], Any]:
-  """Evaluates many tasks, spread over the devices of a mesh.
+) -> Callable[..., Any]:
+  """Evaluates any number of tasks, spread over the devices of a mesh.
 
-  Task number i has the key `fold_in(key, i)`, so that many tasks can be judged in several calls,
-  and a part of them again.
+  Task number i has the key `fold_in(key, i)`. So a long evaluation can be done in parts, and a part
+  of it again: the values do not depend on how it is divided.
 
   Args:
     evaluate_task: from `evaluate`.
-    sample_task: `key -> Task`.
+    sample_task: `key -> Task`, traceable by JAX. Data that it closes over becomes an argument of
+      the compiled program.
     metric: `(outputs, targets) -> values` of one task, such as `losses.accuracy`.
-    num_tasks: how many tasks are judged in one call.
     mesh: with one axis; by default `task_mesh()`, all devices.
+    tasks_per_call: the tasks in one call of the compiled program.
     chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
 
   Returns:
-    `(MetaState, key, first) -> values`, to be jitted; it judges the tasks from number `first` on,
-    and the leaves of the values are `[num_tasks, ...]`.
+    `(MetaState, key, num_tasks, first=0) -> values`. It judges the tasks from number `first` on;
+    the values are NumPy arrays `[num_tasks, ...]`. The program is compiled in the first call. All
+    processes that share the mesh must call it together.
 
   Raises:
     ValueError: if a size is below 1, or the mesh has more than one axis.
   """
-  if num_tasks < 1:
-    raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
+  mesh = task_mesh() if mesh is None else mesh
+  part = judge_part(
+    evaluate_task, sample_task, metric, num_tasks=tasks_per_call, mesh=mesh, chunk=chunk
+  )
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  programs: dict[Any, Callable[..., Any]] = {}  # by the structure and shapes of the state
+
+  def judge_tasks(state: MetaState, key: PRNGKey, num_tasks: int, first: int = 0) -> Any:
+    checks.at_least_one(num_tasks=num_tasks)
+    state, key = on_mesh((state, key), mesh)
+    like = (
+      jax.tree.structure(state),
+      *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)),
+    )
+    if like not in programs:
+      programs[like] = compiled(part, mesh, state, key, np.int32(0), out_shardings=everywhere)
+    values = []
+    for start in range(first, first + num_tasks, tasks_per_call):
+      # One call at a time: two processes might start several in different orders.
+      values.append(
+        jax.device_get(jax.block_until_ready(programs[like](state, key, np.int32(start))))
+      )
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_tasks], *values)
+
+  return judge_tasks
+
+
+def judge_part(
+  evaluate_task: EvaluateTask,
+  sample_task: SampleTask,
+  metric: Callable[[Any, Any], Any],
+  *,
+  num_tasks: int,
+  mesh: Mesh | None = None,
+  chunk: int | None = None,
+) -> Callable[[MetaState, PRNGKey, int | jax.Array], Any]:
+  """Evaluates a fixed number of tasks: the pure function that `judge` compiles and calls.
+
+  Returns:
+    `(MetaState, key, first) -> values`, to be jitted; the leaves of the values are
+    `[num_tasks, ...]`.
+
+  Raises:
+    ValueError: if a size is below 1, or the mesh has more than one axis.
+  """
+  checks.at_least_one(num_tasks=num_tasks)
 
   def judge_task(shared: tuple[MetaState, PRNGKey], index: jax.Array) -> Any:
     state, key = shared

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metajax import devices
+from metajax import checks
 from metajax.gradients import Info, MetaGradient
+from metajax.programs import traced
+from metajax.spread import chunk_or_default, mesh_and_spec, num_slots, padded
 from metajax.types import (
   Episode,
   InnerState,
@@ -24,8 +25,6 @@ from metajax.types import (
   PRNGKey,
   SampleEpisodes,
   SampleTask,
-  num_examples,
-  shapes,
 )
 
 
@@ -40,12 +39,14 @@ class Execution(NamedTuple):
       execution.
     one: from the inner state of the lifted estimator to that of one learner, from which an
       evaluation starts.
+    mesh: the devices that the tasks are spread over, or None if they run on one device.
   """
 
   num_tasks: int
   lift: Callable[[MetaGradient], MetaGradient]
   sample: Callable[[SampleTask, MakeEpisode], SampleEpisodes]
   one: Callable[[InnerState], InnerState]
+  mesh: Mesh | None = None
 
 
 def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
@@ -61,7 +62,8 @@ def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
   Raises:
     ValueError: if a size is below 1, or the chunk is larger than the meta-batch.
   """
-  _check_sizes(num_tasks, chunk)
+  checks.at_least_one(num_tasks=num_tasks)
+  checks.chunk_of_tasks(chunk, num_tasks)
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     def init(params: Params) -> InnerState:
@@ -70,8 +72,8 @@ def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
     def estimate(
       params: Params, inner_state: InnerState, episodes: Episode
     ) -> tuple[Params, InnerState, Info]:
-      _check_axis("the inner state", inner_state, num_tasks)
-      _check_axis("episodes", episodes, num_tasks)
+      checks.leading_axis("the inner state", inner_state, num_tasks)
+      checks.leading_axis("episodes", episodes, num_tasks)
       total, inner_state, infos = _over_slots(
         meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
       )
@@ -94,7 +96,7 @@ def serial(num_tasks: int) -> Execution:
   Raises:
     ValueError: if `num_tasks` is below 1.
   """
-  _check_sizes(num_tasks, None)
+  checks.at_least_one(num_tasks=num_tasks)
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     estimate_task = _checked(meta_gradient)
@@ -109,7 +111,7 @@ def serial(num_tasks: int) -> Execution:
         gradient, inner_state, info = estimate_task(params, inner_state, episode)
         return (inner_state, jax.tree.map(jnp.add, total, gradient)), info
 
-      _check_axis("episodes", episodes, num_tasks)
+      checks.leading_axis("episodes", episodes, num_tasks)
       zeros = jax.tree.map(jnp.zeros_like, params)
       (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
       info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
@@ -140,10 +142,11 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
     ValueError: if a size is below 1, the chunk is larger than the meta-batch, or the mesh has more
       than one axis.
   """
-  _check_sizes(num_tasks, chunk)
-  mesh, by_slot = _mesh_and_spec(mesh)
-  slots = _num_slots(num_tasks, mesh)
-  chunk = _chunk_or_default(chunk, slots // mesh.size)
+  checks.at_least_one(num_tasks=num_tasks)
+  checks.chunk_of_tasks(chunk, num_tasks)
+  mesh, by_slot = mesh_and_spec(mesh)
+  slots = num_slots(num_tasks, mesh)
+  chunk = chunk_or_default(chunk, slots // mesh.size)
   everywhere = PartitionSpec()
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
@@ -171,10 +174,10 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
     def estimate(
       params: Params, inner_state: InnerState, episodes: Episode
     ) -> tuple[Params, InnerState, Info]:
-      _check_axis("the inner state", inner_state, slots)
+      checks.leading_axis("the inner state", inner_state, slots)
       if jnp.shape(episodes.schedule)[:1] != (slots,):  # not drawn by this execution
-        _check_axis("episodes", episodes, num_tasks)
-        episodes = _padded(episodes, num_tasks, slots)
+        checks.leading_axis("episodes", episodes, num_tasks)
+        episodes = padded(episodes, num_tasks, slots)
       counts = (jnp.arange(slots) < num_tasks).astype(jnp.float32)
       return all_devices(params, inner_state, episodes, counts)
 
@@ -185,8 +188,10 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
     sample_one = partial(_sample_one, sample_task, make_episode)
 
     def sample_episodes(key: PRNGKey) -> Episode:
+      # Traced out here: shard_map rejects the indexing of mesh-sharded data.
+      sample_traced, data = traced(sample_one, key, tasks[0])
       all_devices = jax.shard_map(
-        jax.vmap(_traced(sample_one, key, tasks[0]), in_axes=(None, 0)),
+        jax.vmap(partial(sample_traced, data), in_axes=(None, 0)),
         mesh=mesh,
         in_specs=(everywhere, by_slot),
         out_specs=by_slot,
@@ -196,50 +201,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
 
     return sample_episodes
 
-  return Execution(num_tasks, lift, sample, _first)
-
-
-def map_tasks(
-  function: Callable[[Any, Any], Any], mesh: Mesh | None = None, *, chunk: int | None = None
-) -> Callable[[Any, Any], Any]:
-  """Applies a function of one task to many tasks, spread over the devices of a mesh.
-
-  Args:
-    function: `(shared, task) -> outputs`, for example an adaptation and its accuracy. A task may
-      be a mere number or key, from which the function draws it.
-    mesh: with one axis; by default `task_mesh()`, all devices.
-    chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
-
-  Returns:
-    `(shared, tasks) -> outputs`; the leaves of tasks and outputs are `[n, ...]`, with any `n`.
-
-  Raises:
-    ValueError: if the chunk is below 1, or the mesh has more than one axis.
-  """
-  if chunk is not None and chunk < 1:
-    raise ValueError(f"chunk must be at least 1, not {chunk}")
-  mesh, by_task = _mesh_and_spec(mesh)
-
-  def mapped(shared: Any, tasks: Any) -> Any:
-    num_tasks = num_examples(tasks)
-    slots = _num_slots(num_tasks, mesh)
-    size = _chunk_or_default(chunk, slots // mesh.size)
-    one_task = _traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
-
-    def one_device(shared: Any, tasks: Any) -> Any:
-      return jax.lax.map(partial(one_task, shared), tasks, batch_size=size)
-
-    all_devices = jax.shard_map(
-      one_device,
-      mesh=mesh,
-      in_specs=(PartitionSpec(), by_task),
-      out_specs=by_task,
-      check_vma=False,
-    )
-    outputs = all_devices(shared, _padded(tasks, num_tasks, slots))
-    return jax.tree.map(lambda leaf: leaf[:num_tasks], outputs)
-
-  return mapped
+  return Execution(num_tasks, lift, sample, _first, mesh)
 
 
 def _sample_one(
@@ -268,10 +230,7 @@ def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerSt
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     gradient, inner_state, info = meta_gradient.estimate(params, inner_state, episode)
-    if shapes(gradient) != shapes(params):
-      raise ValueError(
-        "the gradient is not like the parameters: return one array for each, of its shape"
-      )
+    checks.gradient_like(params, gradient)
     return gradient, inner_state, info
 
   return estimate
@@ -290,7 +249,7 @@ def _over_slots(
   Gradients are added chunk by chunk: a stack of all would take as much memory as all states.
   """
   slots = (inner_state, episodes, counts)
-  num_slots = counts.shape[0]
+  available = counts.shape[0]
 
   def together(slots: Any) -> tuple[tuple[Params, Info], InnerState]:
     inner_state, episodes, counts = slots
@@ -301,7 +260,7 @@ def _over_slots(
     weigh = lambda leaf: jnp.tensordot(counts.astype(leaf.dtype), leaf, 1, precision="highest")
     return jax.tree.map(weigh, (gradients, infos)), inner_state
 
-  if chunk is None or chunk == num_slots:
+  if chunk is None or chunk == available:
     total, inner_state = together(slots)
     return total[0], inner_state, total[1]
 
@@ -309,60 +268,17 @@ def _over_slots(
     more, inner_state = together(slots)
     return jax.tree.map(jnp.add, total, more), inner_state
 
-  count = num_slots // chunk  # not -1: with k = 1 the schedules are empty
+  count = available // chunk  # not -1: with k = 1 the schedules are empty
   whole = count * chunk
   chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(count, chunk, *leaf.shape[1:]), slots)
   totals = jax.eval_shape(together, jax.tree.map(lambda leaf: leaf[0], chunks))[0]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), totals)
   total, states = jax.lax.scan(body, zeros, chunks)
   states = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), states)
-  if whole < num_slots:
+  if whole < available:
     total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], slots))
     states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, rest)
   return total[0], states, total[1]
-
-
-def _mesh_and_spec(mesh: Mesh | None) -> tuple[Mesh, PartitionSpec]:
-  mesh = devices.task_mesh() if mesh is None else mesh
-  if len(mesh.axis_names) != 1:
-    raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
-  return mesh, PartitionSpec(mesh.axis_names)
-
-
-def _check_axis(what: str, tree: Any, size: int) -> None:
-  found = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)} - {(size,)}
-  if found:
-    raise ValueError(
-      f"{what} must have a leading axis of {size}, not {sorted(found)}: give as many tasks as the "
-      "meta-batch, and the state that init returned"
-    )
-
-
-def _num_slots(num_tasks: int, mesh: Mesh) -> int:
-  """The number of tasks, rounded up to a multiple of the number of devices."""
-  return -(-num_tasks // mesh.size) * mesh.size
-
-
-def _traced(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-  """Traces the function before entering shard_map, which rejects indexing mesh-sharded data."""
-  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-  structure = jax.tree.structure(shapes)
-  flat = jax.extend.core.jaxpr_as_fun(program)
-  return lambda *arguments: jax.tree.unflatten(structure, flat(*jax.tree.leaves(arguments)))
-
-
-def _chunk_or_default(chunk: int | None, num_tasks: int) -> int:
-  """The requested chunk, or the backend's default, capped at the number of tasks."""
-  chunk = devices.defaults().chunk if chunk is None else chunk
-  return num_tasks if chunk is None else min(chunk, num_tasks)
-
-
-def _padded(tasks: Any, num_tasks: int, slots: int) -> Any:
-  """Repeats the last task until there are as many tasks as slots."""
-  if num_tasks == slots:
-    return tasks
-  rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
-  return jax.tree.map(lambda leaf: leaf[rows], tasks)
 
 
 def _repeated(tree: Any, times: int) -> Any:
@@ -375,10 +291,3 @@ def _first(inner_state: InnerState) -> InnerState:
 
 def _divided(tree: Any, num_tasks: int) -> Any:
   return jax.tree.map(lambda leaf: leaf / num_tasks, tree)
-
-
-def _check_sizes(num_tasks: int, chunk: int | None) -> None:
-  if num_tasks < 1:
-    raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
-  if chunk is not None and not 1 <= chunk <= num_tasks:
-    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")

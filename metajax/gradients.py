@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metajax import checks
 from metajax.inner import (
   LearnerState,
   begin_task,
@@ -17,7 +18,6 @@ from metajax.inner import (
   initial_state,
   inner_step,
   inner_update,
-  scalar,
 )
 from metajax.types import Episode, Examples, InnerState, LossFn, Params, num_steps, take
 
@@ -98,7 +98,7 @@ def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGrad
   ) -> tuple[Params, InnerState, Info]:
     start = begin_task(optimizer, params, inner_state)
     learner, losses = inner_update(loss_fn, optimizer, start, episode.pool, episode.schedule)
-    last, gradient = jax.value_and_grad(scalar(loss_fn))(learner.params, episode.tail)
+    last, gradient = jax.value_and_grad(checks.scalar(loss_fn))(learner.params, episode.tail)
     return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last))
 
   return MetaGradient(
@@ -136,7 +136,7 @@ def maml(
 
   def init(params: Params) -> InnerState:
     state = initial_state(optimizer, params)
-    _check_twice_differentiable(optimizer, params)
+    checks.twice_differentiable(optimizer, params)
     return state
 
   def estimate(
@@ -151,7 +151,7 @@ def maml(
         episode.schedule,
         remat=remat,
       )
-      last = scalar(loss_fn)(learner.params, episode.tail)
+      last = checks.scalar(loss_fn)(learner.params, episode.tail)
       return last, (end_task(optimizer, learner), jnp.append(losses, last))
 
     gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
@@ -183,9 +183,7 @@ def combine(
   Raises:
     ValueError: if the weights are not a finite vector; in `estimate`, if there are not `k` of them.
   """
-  coefficients = _numbers(weights)
-  if coefficients is None:
-    raise ValueError(f"weights must be k finite numbers, known beforehand, not {weights!r:.80}")
+  coefficients = checks.finite_vector(weights)
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
@@ -229,35 +227,3 @@ def _adapt(
   start = begin_task(optimizer, params, inner_state)
   learner, _ = inner_update(loss_fn, optimizer, start, examples, schedule)
   return learner.params
-
-
-def _numbers(weights: Any) -> np.ndarray | None:
-  """Returns the weights as an array if they are a vector of finite real numbers, else None."""
-  if isinstance(weights, jax.core.Tracer):
-    return None
-  try:
-    found = np.asarray(weights)
-    with np.errstate(over="ignore"):
-      finite = np.isfinite(found.astype(jax.dtypes.canonicalize_dtype(found.dtype)))
-  except (TypeError, ValueError):  # not numbers, or a ragged list of lists
-    return None
-  real = found.dtype != bool and not np.iscomplexobj(found)
-  return found if real and found.ndim == 1 and found.size and finite.all() else None
-
-
-def _check_twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
-  """Checks that the optimizer's update has a finite derivative at a zero gradient, on scalars."""
-  with jax.ensure_compile_time_eval():
-    scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), params)
-    ones = jax.tree.map(jnp.ones_like, scalars)
-    state = optimizer.init(scalars)
-    _, slopes = jax.jvp(
-      lambda grads: optimizer.update(grads, state, scalars)[0], (scalars,), (ones,)
-    )
-    known = [s for s in jax.tree.leaves(slopes) if not isinstance(s, jax.core.Tracer)]
-    finite = all(bool(jnp.isfinite(slope)) for slope in known)  # a traced rate cannot be judged
-  if not finite:
-    raise ValueError(
-      "maml needs an inner optimizer whose update has a finite derivative at a zero gradient: "
-      "give optax.adam an eps_root > 0 (say 1e-8), or use optax.sgd"
-    )

@@ -4,18 +4,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
+from metajax import checks
 from metajax.types import (
   Examples,
   InnerState,
   LossFn,
   Params,
-  num_examples,
   num_steps,
-  shapes,
   take,
 )
 
@@ -65,7 +62,7 @@ def initial_state(optimizer: optax.GradientTransformation, params: Params) -> In
   Raises:
     ValueError: if a parameter is not floating point.
   """
-  _check_floating_point(params)
+  checks.floating_point(params)
   return optimizer.init(params) if isinstance(optimizer, Carried) else ()
 
 
@@ -77,8 +74,8 @@ def begin_task(
   Raises:
     ValueError: if the inner state is not one that `initial_state` returns for these parameters.
   """
-  if shapes(inner_state) != shapes(jax.eval_shape(partial(initial_state, optimizer), params)):
-    raise ValueError(_OTHER_STATE)
+  expected = jax.eval_shape(partial(initial_state, optimizer), params)
+  checks.state_of("inner", expected, inner_state)
   if isinstance(optimizer, Carried):
     return LearnerState(params, inner_state)
   return LearnerState(params, optimizer.init(params))
@@ -87,47 +84,6 @@ def begin_task(
 def end_task(optimizer: optax.GradientTransformation, learner: LearnerState) -> InnerState:
   """What the next task is handed: nothing, unless the optimizer is `carried`."""
   return learner.opt_state if isinstance(optimizer, Carried) else ()
-
-
-_OTHER_STATE = (
-  "the inner state is not that of this optimizer for these parameters: start from what `init` "
-  "returns for them"
-)
-
-
-def _check_floating_point(params: Params) -> None:
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-      name = jax.tree_util.keystr(path) or "theirs"
-      raise ValueError(
-        f"parameters must be floating point, and {name} is {dtype}: convert it, or leave it out"
-      )
-
-
-def scalar(loss_fn: LossFn) -> LossFn:
-  """Returns the same loss with checks of the minibatch and of the value; they read only shapes.
-
-  Raises:
-    ValueError: when called, if there is no example, or the loss is not one floating-point number.
-  """
-
-  def checked(params: Params, batch: Examples) -> jax.Array:
-    if num_examples(batch) == 0:
-      raise ValueError("a minibatch has no example: raise the batch size or the shots")
-    loss = loss_fn(params, batch)
-    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(loss)]
-    if not jax.tree_util.all_leaves([loss]) or not (
-      types[0].shape == () and jnp.issubdtype(types[0].dtype, jnp.floating)
-    ):
-      found = ", ".join(map(str, types)) or "nothing"
-      raise ValueError(
-        f"the loss must be one floating-point number, not {found}: return the sum or the mean over "
-        "the minibatch, and nothing else"
-      )
-    return loss
-
-  return checked
 
 
 def inner_step(
@@ -151,10 +107,9 @@ def inner_step(
     ValueError: if the parameters are not floating point, the state is not theirs, the loss is not
       a scalar, or the minibatch has no example.
   """
-  _check_floating_point(learner.params)
-  if shapes(learner.opt_state) != shapes(jax.eval_shape(optimizer.init, learner.params)):
-    raise ValueError(_OTHER_STATE)
-  loss, grads = jax.value_and_grad(scalar(loss_fn))(learner.params, batch)
+  checks.floating_point(learner.params)
+  checks.state_of("inner", jax.eval_shape(optimizer.init, learner.params), learner.opt_state)
+  loss, grads = jax.value_and_grad(checks.scalar(loss_fn))(learner.params, batch)
   update, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
   params = optax.apply_updates(learner.params, update)
   return LearnerState(params, opt_state), Step(loss, grads, update)
@@ -206,7 +161,7 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   Only derivatives with respect to the parameters are defined, and only those that pass through
   the gradient: where the loss is differentiated twice, its own value counts as a constant.
   """
-  loss_fn = scalar(loss_fn)
+  loss_fn = checks.scalar(loss_fn)
   grad = jax.grad(loss_fn)
 
   @jax.custom_vjp

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metajax import checks
 from metajax.execution import Execution
 from metajax.gradients import Info, MetaGradient
 from metajax.types import (
@@ -17,7 +18,6 @@ from metajax.types import (
   Params,
   PRNGKey,
   SampleTask,
-  shapes,
 )
 
 
@@ -67,11 +67,7 @@ def meta_learner(
 
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
     gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
-    if shapes(state.outer) != shapes(jax.eval_shape(optimizer.init, state.params)):
-      raise ValueError(
-        "the outer state is not that of this optimizer for these parameters: start from what "
-        "`init` returns for them"
-      )
+    checks.state_of("outer", jax.eval_shape(optimizer.init, state.params), state.outer)
     updates, outer = optimizer.update(gradient, state.outer, state.params)
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info
@@ -102,8 +98,7 @@ def run(
   Raises:
     ValueError: if `num_steps` is below 1.
   """
-  if num_steps < 1:
-    raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+  checks.at_least_one(num_steps=num_steps)
   sample_episodes = learner.execution.sample(sample_task, make_episode)
 
   def run_steps(state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
@@ -145,8 +140,7 @@ def sweep(
   Raises:
     ValueError: if `num_steps` is below 1.
   """
-  if num_steps < 1:
-    raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+  checks.at_least_one(num_steps=num_steps)
 
   def init(values: Any, params: Params) -> MetaState:
     return make_learner(values).init(params)

@@ -87,8 +87,3 @@ def take(examples: Examples, rows: jax.Array) -> Examples:
   """
   num_examples(examples)
   return jax.tree.map(lambda leaf: leaf[rows], examples)
-
-
-def shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-  """The structure of a tree and the shapes of its leaves, for a comparison with another tree."""
-  return jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)]

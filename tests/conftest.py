@@ -6,7 +6,9 @@ import jax
 import pytest
 from archives import CHARACTERS, members, write_tar
 
-from metajax.data import glyphs, omniglot
+from experiments import build
+from metajax.data import glyphs as drawn_glyphs
+from metajax.data import omniglot
 
 jax.config.update("jax_num_cpu_devices", 4)  # devices to spread tasks over; one is used by default
 
@@ -34,7 +36,7 @@ def shared():
 @pytest.fixture(scope="session")
 def splits():
   """Few glyphs, enough for tiny runs."""
-  return glyphs.load(train_classes=20, test_classes=5)
+  return drawn_glyphs.load(train_classes=20, test_classes=5)
 
 
 @pytest.fixture
@@ -51,3 +53,17 @@ def mini(tmp_path):
   write_tar(folder / "train_rest.tar.gz", members("train", {"n02": 2}, seed=1, first=50))
   write_tar(folder / "test.tar.gz", members("test", {"n09": 2}))
   return folder
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+  return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def glyphs(monkeypatch, splits, programs):
+  """Runs on a few glyphs, each program compiled once however many runs need it."""
+  monkeypatch.setattr(build, "load", lambda recipe: splits)
+  jax.config.update("jax_compilation_cache_dir", programs)
+  yield
+  jax.config.update("jax_compilation_cache_dir", None)

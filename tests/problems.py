@@ -10,8 +10,8 @@ from metajax.types import Examples
 
 FEATURES, CLASSES = 4, 3
 TINY = {
-  "ways": 3, "eval_shots": ["1"], "train_shots": 3, "filters": 2, "inner_batch": 3,
-  "inner_steps": 2, "meta_batch": 2, "meta_steps": 4, "eval_batch": ["3"], "eval_steps": 2,
+  "ways": 3, "eval_shots": (1,), "train_shots": 3, "filters": 2, "inner_batch": 3,
+  "inner_steps": 2, "meta_batch": 2, "meta_steps": 4, "eval_batch": (3,), "eval_steps": 2,
   "eval_tasks": 4, "eval_every": 2, "curve_tasks": 2,
 }  # fmt: skip
 

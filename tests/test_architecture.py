@@ -12,18 +12,22 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
   "types": 0,
   "devices": 0,
+  "programs": 0,
+  "checks": 1,
   "losses": 1,
-  "inner": 1,
-  "episodes": 1,
+  "spread": 2,
+  "inner": 2,
+  "episodes": 2,
   "models": 2,
   "data": 1,
-  "gradients": 2,
-  "execution": 3,
-  "meta": 4,
-  "theory": 3,
-  "evaluation": 5,
-  "checkpoint": 5,
-  "__init__": 6,
+  "gradients": 3,
+  "execution": 4,
+  "meta": 5,
+  "theory": 4,
+  "evaluation": 6,
+  "checkpoint": 6,
+  "training": 7,
+  "__init__": 8,
 }
 MODULES = {
   ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -73,7 +77,8 @@ def test_there_is_no_cycle():
     ("PIL", {"metajax.data.files"}),
     ("matplotlib", set()),
     ("absl", set()),
-    ("tqdm", set()),
+    ("chex", {"metajax.checks"}),
+    ("tqdm", {"metajax.training"}),
   ],
 )
 def test_a_library_has_one_home(library, homes):
@@ -84,7 +89,7 @@ def test_a_library_has_one_home(library, homes):
 
 
 def test_experiments_and_benchmarks_use_the_public_api():
-  public = {"metajax", "metajax.checkpoint", "metajax.theory"}
+  public = {"metajax", "metajax.checkpoint", "metajax.theory", "metajax.training", "metajax.types"}
   for folder in ("experiments", "benchmarks"):
     for path in (ROOT / folder).rglob("*.py"):
       found = {name for name in imports(path) if name.split(".")[0] == "metajax"}

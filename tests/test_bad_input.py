@@ -19,7 +19,8 @@ from PIL import Image
 from problems import TINY, episode, examples, softmax_loss, weights
 
 import metajax
-from experiments import combinations, expansions, few_shot, folders, overlap, sine
+from experiments import build, cli, combinations, expansions, few_shot, overlap, runs, sine
+from experiments.recipes import Recipe
 from metajax import models
 from metajax.data import DataError, files, glyphs, mini_imagenet, omniglot
 
@@ -45,33 +46,32 @@ def cases(table):
   return [pytest.param(*row, id=name) for name, *row in table]
 
 
-# Flags of few_shot
+# Settings of few_shot
 
 SEPARATE, COMBINE = {"tail": "separate"}, {"algorithm": "combine"}
 MAML, CHUNKED = {"algorithm": "maml"}, {"execution": "chunked"}
 
 FEW_SHOT = [
   ("one way", {"ways": 1}, "--ways=1 must be at least 2"),
-  ("no shots", {"eval_shots": ["0"]}, "--eval_shots=0 must be at least 1"),
-  ("shots twice", {"eval_shots": ["1", "1"]}, "--eval_shots=1,1 must be different numbers"),
-  ("shots in words", {"eval_shots": ["five"]}, "--eval_shots=five must be numbers separated by"),
-  ("empty shots", {"eval_shots": []}, "--eval_shots= must be numbers separated by"),
-  ("half a shot", {"eval_shots": ["1.5"]}, "--eval_shots=1.5 must be numbers"),
-  ("batches for shots", {"eval_batch": ["3", "5"]}, "--eval_batch=3,5 must be one number, or one"),
-  ("an empty minibatch", {"eval_batch": ["0"]}, "--eval_batch=0 must be at least 1"),
-  ("unknown split", {"curve_splits": ["tset"]}, "--curve_splits must be train, test or both"),
-  ("no split", {"curve_splits": []}, "--curve_splits must be train, test or both"),
+  ("no shots", {"eval_shots": (0,)}, "--eval_shots=0 must be at least 1"),
+  ("shots twice", {"eval_shots": (1, 1)}, "--eval_shots=1,1 must be different numbers"),
+  ("shots in words", {"eval_shots": ("five",)}, "--eval_shots=five must be whole numbers"),
+  ("empty shots", {"eval_shots": ()}, "--eval_shots= must be whole numbers separated by"),
+  ("half a shot", {"eval_shots": (1.5,)}, "--eval_shots=1.5 must be whole numbers"),
+  ("batches for shots", {"eval_batch": (3, 5)}, "--eval_batch=3,5 must be one number, or one"),
+  ("an empty minibatch", {"eval_batch": (0,)}, "--eval_batch=0 must be at least 1"),
+  ("unknown split", {"curve_splits": ("tset",)}, "--curve_splits must be of train, validation and"),
+  ("no split", {"curve_splits": ()}, "--curve_splits= must be names separated by commas"),
   ("no weights", COMBINE, "--weights and --algorithm=combine go together"),
-  ("idle weights", {"weights": ["1", "1"]}, "--weights and --algorithm=combine go together"),
-  ("few weights", {**COMBINE, "weights": ["1"]}, "1 numbers for --inner_steps=2: give one for"),
-  ("infinite weight", {**COMBINE, "weights": ["1", "inf"]}, "--weights=1,inf must be numbers"),
-  ("huge weight", {**COMBINE, "weights": ["1", "1e99"]}, "weights must be k finite numbers"),
-  ("no seeds", {"seeds": 0}, "--seeds=0 must be at least 1"),
-  ("negative seed", {"seed": -1}, r"--seed=-1 must be from 0 to 2\^32"),
-  ("seed too large", {"seed": 2**32}, r"--seed=4294967296 must be from 0 to 2\^32"),
+  ("idle weights", {"weights": (1.0, 1.0)}, "--weights and --algorithm=combine go together"),
+  ("few weights", {**COMBINE, "weights": (1.0,)}, "1 numbers for --inner_steps=2: give one for"),
+  ("infinite weight", {**COMBINE, "weights": (1, float("inf"))}, "--weights=1,inf must be numbers"),
+  ("huge weight", {**COMBINE, "weights": (1.0, 1e99)}, "weights must be k finite numbers"),
+  ("negative seed", {"seed": -1}, "--seed=-1 must be at least 0"),
+  ("seed too large", {"seed": 2**32}, r"--seed=4294967296 must be below 2\^32"),
   ("no meta-steps", {"meta_steps": 0}, "--meta_steps=0 must be at least 1"),
   ("uncountable", {"meta_steps": 2**31}, r"--meta_steps=2147483648 must be below 2\^31"),
-  ("uncountable tasks", {"eval_tasks": 2**40}, r"--eval_tasks=\d+ must be below 2\^31"),
+  ("uncountable tasks", {"eval_tasks": 2**40}, r"--eval_tasks=\d+ must be below 2\^32"),
   ("no meta-batch", {"meta_batch": 0}, "--meta_batch=0 must be at least 1"),
   ("negative minibatch", {"inner_batch": -3}, "--inner_batch=-3 must be at least 1"),
   ("no inner step", {"inner_steps": 0}, "--inner_steps=0 must be at least 1"),
@@ -103,11 +103,11 @@ FEW_SHOT = [
     "without duplicates from 6 training examples",
   ),
   ("chunk too large", {**CHUNKED, "chunk": 3}, "--chunk=3 must be from 1 to --meta_batch=2"),
-  ("chunk of none", {**CHUNKED, "chunk": 0}, "--chunk=0 must be from 1 to --meta_batch=2"),
+  ("chunk of none", {**CHUNKED, "chunk": 0}, "--chunk=0 must be at least 1"),
   ("idle chunk", {"execution": "vmap", "chunk": 1}, "no use with --execution=vmap: leave it out"),
   ("no filters", {"filters": 0}, "--filters=0 must be at least 1"),
   ("ways > classes", {"ways": 6}, "6 ways need 6 classes, and there are 5: lower the ways"),
-  ("shots > examples", {"eval_shots": ["20"]}, "needs 21 examples of each class.*lower the shots"),
+  ("shots > examples", {"eval_shots": (20,)}, "needs 21 examples of each class.*lower the shots"),
   ("MAML through Adam", MAML, "gives NaN .* set --inner_eps_root, say to 1e-8"),
   ("MAML, eps lost", {**MAML, "inner_eps_root": 1e-60}, "gives NaN .* set --inner_eps_root"),
   ("unknown data", {"dataset": "cifar"}, "--dataset=cifar must be one of glyphs, omniglot, mini"),
@@ -124,54 +124,71 @@ def test_bad_flags_are_refused_before_anything_is_written(
   bad, pattern, tmp_path, splits, monkeypatch
 ):
   if "dataset" not in bad:
-    monkeypatch.setattr(few_shot, "load", lambda settings: splits)
-  settings = lambda **changes: few_shot.defaults(**{**TINY, **changes})
-  refused(lambda: few_shot.prepare(settings(**{"out": str(tmp_path / "run"), **bad})), pattern)
+    monkeypatch.setattr(build, "load", lambda recipe: splits)
+
+  def prepare(out):
+    changes = {name: value for name, value in bad.items() if name != "out"}
+    runs.prepare(Recipe(**{**TINY, **changes}), bad.get("out", out))
+
+  refused(lambda: prepare(tmp_path / "run"), pattern)
   assert not (tmp_path / "run").exists()
 
   there = tmp_path / "there"
-  folders.open_folder(settings(out=str(there))).begin("data")
+  runs.open_folder(Recipe(**TINY), there).begin("data")
   (there / "result.json").write_text("{}")
   before = content_of(there)
   with pytest.raises(ValueError):
-    few_shot.prepare(settings(**{"out": str(there), **bad}))
+    prepare(there)
   assert content_of(there) == before
 
 
-# Flags of the figures
+# Arguments of the binaries
 
-FIGURES = [
-  ("unknown curve", combinations, {"curves": ["g9"]}, "--curves must be any of g1, mean2"),
-  ("own weights", combinations, {"weights": ["1"]}, "--weights is set by this .* remove it"),
-  ("own steps", combinations, {"inner_steps": 3}, "--inner_steps is set by this .* remove it"),
-  ("own algorithm", combinations, {"algorithm": "maml"}, "--algorithm is set by this .* remove it"),
-  ("own tail", combinations, {"tail": "separate"}, "--tail is set by this .* remove it"),
-  ("no test curve", combinations, {"curve_splits": ["train"]}, "--curve_splits must have test"),
-  ("draw what", combinations, {"plot_only": True, "out": None}, "give an --out"),
-  ("no ways", combinations, {"ways": 0}, "--ways=0 must be at least"),
-  ("empty minibatch", combinations, {"inner_batch": 0}, "--inner_batch=0 must be at least 1"),
-  ("no panels", overlap, {"panels": []}, "--panels must be any of a, b, c"),
-  ("a panel twice", overlap, {"panels": ["a", "a"]}, "--panels must be any of .* each once"),
-  ("own minibatch", overlap, {"inner_batch": 3}, "--inner_batch is set by this .* remove it"),
-  ("nothing to draw", overlap, {"plot_only": True}, "holds no complete run to draw: train it"),
-  ("negative rate", overlap, {"outer_rate": -1.0}, "--outer_rate=-1.0 must be positive"),
-  ("few examples", overlap, {"train_shots": 10}, "--panels=b has .* raise --train_shots, or"),
-  ("tail too long", overlap, {"tail_shots": 20}, "leaves none of --train_shots=20 .* raise"),
-  ("no waves", expansions, {"waves": 0}, "--waves=0 must be at least 1"),
-  ("no points", expansions, {"points": -1}, "--points=-1 must be at least 1"),
-  ("two seeds", expansions, {"seeds": 2}, "--seeds must be 1: .* raise that instead"),
-  ("idle tasks", expansions, {"eval_tasks": 5}, "--eval_tasks is set by this .* remove it"),
-  ("no meta-steps", sine, {"meta_steps": 0}, "--meta_steps=0 must be at least 1"),
-  ("one task", sine, {"eval_tasks": 1}, "--eval_tasks=1 must be at least 2"),
-  ("no wave drawn", sine, {"plot_only": True}, "holds no complete run to draw: train it first"),
-  ("unwritable", sine, {"out": "/dev/null/x"}, "cannot be written .*: choose another folder"),
+GROUPS = {
+  few_shot: (few_shot.Choice(), Recipe()),
+  combinations: (combinations.Curves(), combinations.FIGURE),
+  overlap: (overlap.Panels(), overlap.FIGURE),
+  expansions: (expansions.Measurement(),),
+  sine: (sine.Waves(),),
+}
+PLOT = "--plot_only"
+BINARIES = [
+  ("no seeds", few_shot, ["--seeds=0"], "--seeds=0 must be at least 1"),
+  ("last seed", few_shot, ["--seed=4294967295", "--seeds=2"], r"=4294967296 must be below 2\^32"),
+  ("draw and train", few_shot, [PLOT, "--fresh"], "--plot_only draws what .* give one of them"),
+  ("judge nothing", few_shot, ["--judge=newest"], "holds no checkpoints to judge: give the --out"),
+  ("unknown curve", combinations, ["--curves=g9"], "--curves must be any of g1, mean2"),
+  ("no curve", combinations, ["--curves="], "--curves= must be"),
+  ("no test curve", combinations, ["--curve_splits=train"], "--curve_splits must have test"),
+  ("draw what", combinations, [PLOT, "--out="], "give an --out"),
+  ("no curve drawn", combinations, [PLOT], "holds no run to draw: train first"),
+  ("no ways", combinations, ["--ways=0"], "--ways=0 must be at least"),
+  ("empty minibatch", combinations, ["--inner_batch=0"], "--inner_batch=0 must be at least 1"),
+  ("no panels", overlap, ["--panels="], "--panels= must be"),
+  ("a panel twice", overlap, ["--panels=a,a"], "--panels must be any of .* each once"),
+  ("nothing to draw", overlap, [PLOT], "holds no complete run to draw: train it"),
+  ("negative rate", overlap, ["--outer_rate=-1"], "--outer_rate=-1.0 must be positive"),
+  ("few examples", overlap, ["--train_shots=10"], "--panels=b has .* raise --train_shots, or"),
+  ("tail too long", overlap, ["--tail_shots=20"], "leaves none of --train_shots=20 .* raise"),
+  ("no waves", expansions, ["--waves=0"], "--waves=0 must be at least 1"),
+  ("no points", expansions, ["--points=-1"], "--points=-1 must be at least 1"),
+  ("no meta-steps", sine, ["--meta_steps=0"], "--meta_steps=0 must be at least 1"),
+  ("one task", sine, ["--eval_tasks=1"], "--eval_tasks=1 must be at least 2"),
+  ("no wave drawn", sine, [PLOT], "holds no complete run to draw: train it first"),
+  ("unwritable", sine, ["--out=/dev/null/x"], "cannot be written .*: choose another folder"),
 ]
 
 
-@pytest.mark.parametrize(("module", "bad", "pattern"), cases(FIGURES))
-def test_bad_flags_of_the_figures_are_refused(module, bad, pattern, tmp_path):
-  given = {"out": str(tmp_path / "run"), **bad}
-  refused(lambda: module.program(module.defaults(**given)), pattern)
+@pytest.mark.parametrize(("module", "bad", "pattern"), cases(BINARIES))
+def test_bad_arguments_are_refused_before_anything_is_written(module, bad, pattern, tmp_path):
+  def program():
+    arguments = [f"--out={tmp_path / 'run'}", *bad]
+    *settings, run = cli.parse(arguments, (*GROUPS[module], cli.Run()))
+    action = module.program(run, *settings)
+    if isinstance(settings[0], few_shot.Choice) and settings[0].judge:
+      action()
+
+  refused(program, pattern)
   assert not (tmp_path / "run").exists()
 
 
@@ -186,6 +203,12 @@ def test_bad_flags_of_the_figures_are_refused(module, bad, pattern, tmp_path):
       "few_shot: flag --dataset=cifar: value should be one of <glyphs|omniglot|mini_imagenet>",
     ),
     ("overlap", "--outer_rate=0", "overlap: --outer_rate=0.0 must be positive and finite"),
+    (
+      "combinations",
+      "--weights=1",
+      "combinations: --weights is set by this experiment and cannot be overridden: remove it",
+    ),
+    ("few_shot", "--judge=best", "few_shot: --judge judges a run: give its folder as --out"),
   ],
 )
 def test_a_binary_ends_with_one_line(module, bad, line, tmp_path):
@@ -194,13 +217,6 @@ def test_a_binary_ends_with_one_line(module, bad, line, tmp_path):
   assert ended.returncode == 1 and ended.stdout == ""
   assert ended.stderr.splitlines() == [line]
   assert not (tmp_path / "run").exists()
-
-
-def test_help_lists_the_shared_flags():
-  command = [sys.executable, "-m", "experiments.sine", "--help"]
-  shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-  for flag in ("--meta_steps", "--out", "--seeds", "--[no]plot_only"):
-    assert flag in shown
 
 
 # Arrays
@@ -669,8 +685,8 @@ CALLS = [
     lambda: metajax.reptile(LOSS, SGD).init(PHI.astype(int)),
     "must be floating point",
   ),
-  ("minibatches: none", lambda: metajax.cycling(0, 3), "must be at least 1, not 0 and 3"),
-  ("minibatches: empty", lambda: metajax.replacement(2, 0), "must be at least 1, not 2 and 0"),
+  ("minibatches: none", lambda: metajax.cycling(0, 3), "num_steps must be at least 1, not 0"),
+  ("minibatches: empty", lambda: metajax.replacement(2, 0), "batch_size must be at least 1, not 0"),
   ("replacement: too many", lambda: metajax.replacement(2, 9)(KEY, 7), "from 7 examples: lower"),
   ("cycling: no example", lambda: metajax.cycling(2, 3)(KEY, 0), "from 0 examples: raise the"),
   ("separate tail: k = 1", lambda: HELD_BACK(BATCH, k=1), "use num_steps >= 2, or shared_tail"),

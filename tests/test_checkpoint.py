@@ -99,7 +99,7 @@ def test_the_newest_state_comes_back_whole_and_old_ones_go(tmp_path, states):
 
 def test_the_best_is_kept_however_old(tmp_path, states):
   saved = checkpoints(tmp_path, keep=1)
-  for state, score in zip(states, (0.2, 0.9, 0.3, float("nan")), strict=True):
+  for state, score in zip(states, (0.2, np.float32(0.9), 0.3, float("nan")), strict=True):
     saved.save(state, score=score)
   saved.close()
   assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}

@@ -115,10 +115,11 @@ def test_many_tasks_are_judged_as_each_alone_in_any_number_of_calls():
     return Task(part(rows[:6]), part(rows[6:11]))
 
   evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), metajax.transductive(linear))
-  judge = lambda n: metajax.judge(evaluate, sample_task, metajax.losses.accuracy, n)
-  together = jax.jit(judge(7))(state, key, 0)
-  two, five = jax.jit(judge(2))(state, key, 0), jax.jit(judge(5))(state, key, 2)
-  np.testing.assert_array_equal(np.concatenate([two, five]), together)
+  judge = metajax.judge(evaluate, sample_task, metajax.losses.accuracy, tasks_per_call=3)
+  together = judge(state, key, 7)
+  np.testing.assert_array_equal(
+    np.concatenate([judge(state, key, 2), judge(state, key, 5, 2)]), together
+  )
   for index in range(7):
     task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
     task = sample_task(task_key)
@@ -126,7 +127,9 @@ def test_many_tasks_are_judged_as_each_alone_in_any_number_of_calls():
     assert together[index] == pytest.approx(np.mean(outputs.argmax(1) == task.test.targets))
   assert len(set(together.tolist())) > 1
   with pytest.raises(ValueError, match="num_tasks must be at least 1"):
-    judge(0)
+    judge(state, key, 0)
+  with pytest.raises(ValueError, match="num_tasks must be at least 1"):
+    metajax.judge(evaluate, sample_task, metajax.losses.accuracy, tasks_per_call=0)
 
 
 def test_mean_and_interval():

@@ -68,7 +68,7 @@ def content(out):
     numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     state = reader.restore(path, ocp.args.PyTreeRestore(restore_args=numpy))
   leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
-  metrics = [timeless(record) for record in folders.read_records(out)]
+  metrics = [timeless(record) for record in folders.read_lines(out)]
   result = timeless(json.loads((out / "result.json").read_text()))
   return step, leaves, metrics, result, (out / "test_tasks.jsonl").read_text()
 
@@ -170,7 +170,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damage, cache, whole, tmp_path):
   out = tmp_path / "run"
   process = start(cache, out)
-  wait_for(lambda out: len(folders.read_records(out)) >= 6, process, out, False)
+  wait_for(lambda out: len(folders.read_lines(out)) >= 6, process, out, False)
   process.kill()
   finish(process)
   saved = sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())

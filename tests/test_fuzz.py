@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import metajax
-from experiments import few_shot
+from experiments import build, cli
+from experiments.recipes import Recipe
+from experiments.settings import as_text
 from metajax.data import DataError, files, mini_imagenet, omniglot
 
 RNG = np.random.default_rng(0)
@@ -199,7 +201,7 @@ RATES = ("inner_rate", "inner_eps_root", "outer_rate", "outer_rate_final")
 NUMBERS = ["1", "2", "3", "0.5", "-1", "0", "nan", "1e99", "x", "", "99999999999999999999"]
 COUNT = st.one_of(st.integers(1, 6), st.integers(-1, 12), st.sampled_from([2**31, 10**30]))
 RATE = st.one_of(st.floats(1e-6, 1.0), st.floats())
-SEVERAL = st.one_of(st.just(["1"]), st.lists(st.sampled_from(NUMBERS), max_size=4))
+SEVERAL = st.one_of(st.just(("1",)), st.lists(st.sampled_from(NUMBERS), max_size=4).map(tuple))
 FLAGS = st.fixed_dictionaries(
   {},
   optional={
@@ -211,7 +213,9 @@ FLAGS = st.fixed_dictionaries(
     "weights": st.one_of(st.none(), SEVERAL),
     "eval_shots": SEVERAL,
     "eval_batch": SEVERAL,
-    "curve_splits": st.lists(st.sampled_from(["train", "test", "validation"]), max_size=3),
+    "curve_splits": st.lists(st.sampled_from(["train", "test", "validation"]), max_size=3).map(
+      tuple
+    ),
     "seed": st.integers(),
     "seeds": COUNT,
   },
@@ -221,8 +225,11 @@ FLAGS = st.fixed_dictionaries(
 @fuzz(400)
 @given(FLAGS)
 def test_any_flags_pass_or_are_refused(flags):
+  """As the command line has them: each is text."""
   try:
-    few_shot.check(few_shot.defaults(**flags))
+    cli.parse(
+      [f"--{name}={as_text(value)}" for name, value in flags.items()], (Recipe(), cli.Run())
+    )
   except ValueError as error:
     one_line(error)
 
@@ -240,7 +247,7 @@ SOUND = st.fixed_dictionaries(
     "inner_eps_root": st.sampled_from([1e-8, 0.0]),
     "chunk": st.one_of(st.none(), SMALL),
     "filters": SMALL,
-    "eval_batch": SMALL.map(lambda size: [str(size)]),
+    "eval_batch": SMALL.map(lambda size: (size,)),
   }
 )
 
@@ -256,20 +263,20 @@ def test_flags_that_pass_can_be_traced(algorithm):
   @given(SOUND)
   def check(flags):
     if algorithm == "combine":
-      flags["weights"] = ["-1", "0.5", "2"][: flags["inner_steps"]]
-    chosen = few_shot.defaults(**flags | {"algorithm": algorithm})
+      flags["weights"] = (-1.0, 0.5, 2.0)[: flags["inner_steps"]]
     try:
-      few_shot.check(chosen)
+      chosen = Recipe(**flags | {"algorithm": algorithm})
     except ValueError as error:
       one_line(error)
       reject()
-    experiment = few_shot.build(chosen, splits, mesh)
+    experiment = build.build(chosen, splits, mesh)
     params = jax.eval_shape(experiment.model.init, key)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     state = experiment.learner.init(params)
     run = metajax.run(experiment.learner, experiment.sample_task, experiment.make_episode, 1)
     jax.eval_shape(run, state, key)
-    (judge,) = experiment.judges["test"].values()
+    (evaluation,) = experiment.evaluations["test"].values()
+    judge = metajax.evaluation.judge_part(*evaluation, num_tasks=2)
     jax.eval_shape(judge, state, key, np.int32(0))
 
   check()

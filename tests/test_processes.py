@@ -17,15 +17,14 @@ jax.config.update("jax_num_cpu_devices", devices)
 if number > 1:
   jax.distributed.initialize(address, number, this)
 import metajax
-from experiments import training
 from tests import problems, test_execution
 
 mesh = metajax.task_mesh()
 assert mesh.size == number * devices
 gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.02))
 learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.sharded(5, mesh))
-params, key = training.on_mesh((np.asarray(problems.weights()), jax.random.key(0)), mesh)
-state = training.on_mesh(learner.init(params), mesh)
+params, key = metajax.programs.on_mesh((np.asarray(problems.weights()), jax.random.key(0)), mesh)
+state = metajax.programs.on_mesh(learner.init(params), mesh)
 many_steps = metajax.run(learner, *test_execution.source(mesh), 10)
 state, infos = jax.jit(many_steps)(state, key)
 if this == 0:

@@ -4,8 +4,9 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def test_the_examples_run():
+def test_the_examples_run(tmp_path, monkeypatch):
   """The README's Python blocks, from the first to the last, in one namespace."""
+  monkeypatch.chdir(tmp_path)
   blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
   assert len(blocks) >= 2
   namespace = {}
@@ -15,5 +16,5 @@ def test_the_examples_run():
     exec(compile(block, README.name, "exec"), namespace)
   first, last = namespace["info"].losses[:, 0], namespace["info"].losses[:, -1]
   assert last[-5:].mean() < 0.8 * first[-5:].mean()  # inner loops learn
-  assert int(namespace["found"].state.step) == 20
-  assert 0.5 < namespace["mean"] <= 1.0
+  assert int(namespace["found"].state.step) in (100, 200)
+  assert len(namespace["accuracies"]) == 600 and 0.5 < namespace["mean"] <= 1.0

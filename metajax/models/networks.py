@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from metajax import checks
 from metajax.models.adapters import Model, from_linen
 from metajax.models.convolution import Method, convolution
 
@@ -216,7 +217,8 @@ def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = 
 
 
 def _images(size: tuple[int, int, int], ways: int, filters: int, **options: Any) -> Model:
-  network = ConvNet(_positive(ways=ways), _positive(filters=filters), **options)
+  checks.at_least_one(ways=ways, filters=filters)
+  network = ConvNet(ways, filters, **options)
   return from_linen(network, np.zeros((1, *size), np.float32))
 
 
@@ -231,10 +233,3 @@ def sine(
   if not features or min(features) < 1:
     raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
   return from_linen(MLP(tuple(features), activation), np.zeros((1, 1), np.float32))
-
-
-def _positive(**named: int) -> int:
-  ((name, value),) = named.items()
-  if value < 1:
-    raise ValueError(f"{name} must be at least 1, not {value}")
-  return value

@@ -14,12 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import metajax
-from experiments.folders import Record, writes
+from experiments.folders import Line, writes
 
+SPLITS = ("train", "validation", "test")
 _DRAWING = threading.Lock()  # pyplot is one for all threads
 
 
-def with_intervals(values: dict[str, np.ndarray]) -> Record:
+def with_intervals(values: dict[str, np.ndarray]) -> Line:
   """`{cell: {"accuracy", "interval95"}}`, as fractions."""
   cells = {}
   for name, column in values.items():
@@ -28,7 +29,7 @@ def with_intervals(values: dict[str, np.ndarray]) -> Record:
   return cells
 
 
-def cells_over_seeds(results: Sequence[Record]) -> Record:
+def cells_over_seeds(results: Sequence[Line]) -> Line:
   """The cells of one run; of several their mean, the deviation between the runs, and the mean of
   the intervals within them."""
   if len(results) == 1:
@@ -46,7 +47,7 @@ def cells_over_seeds(results: Sequence[Record]) -> Record:
   return cells
 
 
-def percent(cell: Record) -> str:
+def percent(cell: Line) -> str:
   """The two kinds of uncertainty are named."""
   mean = f"{100 * cell['accuracy']:.2f}"
   if "seeds" in cell:
@@ -58,21 +59,21 @@ def percent(cell: Record) -> str:
   return f"{mean} +- {100 * cell['interval95']:.2f} %"
 
 
-def learning_curve_summary(record: Record) -> str:
+def learning_curve_summary(record: Line) -> str:
   cells = [
     f"{split} {name} {percent(cell)}"
-    for split in ("train", "test")
+    for split in SPLITS
     for name, cell in record.get(split, {}).items()
   ]
   return f"step {record['step']}: " + ", ".join(cells)
 
 
-def learning_curve_score(record: Record) -> float:
-  """What the best state is best at: the mean of the cells on test tasks, or else on training ones.
-
-  It is for choosing what to look at: to report the best test accuracy would be to choose by it.
-  """
-  cells = record.get("test") or record["train"]
+def learning_curve_score(line: Line) -> float | None:
+  """What the best checkpoint is chosen by: the mean of the cells on validation tasks, or without
+  them on training tasks. To choose by test tasks would make their accuracy too high."""
+  cells = line.get("validation") or line.get("train")
+  if cells is None:
+    return None
   return sum(cell["accuracy"] for cell in cells.values()) / len(cells)
 
 
@@ -84,7 +85,7 @@ class Curve(NamedTuple):
   band: np.ndarray
 
 
-def curve(runs: Sequence[list[Record]], split: str, name: str) -> Curve:
+def curve(runs: Sequence[list[Line]], split: str, name: str) -> Curve:
   """One cell over time; the band is the 95 % interval over tasks of one run, or the standard
   deviation between several.
 
@@ -92,9 +93,7 @@ def curve(runs: Sequence[list[Record]], split: str, name: str) -> Curve:
     ValueError: if the runs have no such cell.
   """
   if name not in runs[0][0].get(split, {}):
-    logged = [
-      f"{split} {name}" for split in ("train", "test") for name in runs[0][0].get(split, {})
-    ]
+    logged = [f"{split} {name}" for split in SPLITS for name in runs[0][0].get(split, {})]
     raise ValueError(f"the logs hold {', '.join(logged)}, and not {split} {name}")
   length = min(map(len, runs))
   steps = np.array([record["step"] for record in runs[0][:length]])
@@ -112,11 +111,11 @@ def band_title(num_runs: int) -> str:
   return f"band: standard deviation between {num_runs} seeds"
 
 
-def draw_learning_curve(runs: Sequence[list[Record]], path: Path) -> None:
-  """Accuracy against meta-steps of one run, or of one a seed: every cell, train and test tasks."""
+def draw_learning_curve(runs: Sequence[list[Line]], path: Path) -> None:
+  """Draws accuracy against meta-steps, of one run or of the mean over seeds, for every cell."""
   with drawing(path, figsize=(6.4, 4.0)) as figure:
     axes = figure.subplots()
-    for split, style in (("test", "-"), ("train", "--")):
+    for split, style in (("test", "-"), ("validation", "-."), ("train", "--")):
       for number, name in enumerate(runs[0][0].get(split, {})):
         steps, mean, band = curve(runs, split, name)
         color = f"C{number}"

@@ -1,0 +1,176 @@
+"""From a few-shot recipe to the functions that run it."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import metajax
+from experiments.recipes import Recipe
+from metajax.types import MakeEpisode, SampleTask
+
+SPREAD = "sharded"  # the execution that uses all devices
+
+
+class Evaluation(NamedTuple):
+  """How a learner is judged on new tasks: the arguments of `metajax.judge` but for the mesh."""
+
+  evaluate_task: Callable[..., Any]
+  sample_task: SampleTask
+  metric: Callable[..., Any]
+
+
+class Experiment(NamedTuple):
+  """A run that is built and checked; nothing is computed yet."""
+
+  model: metajax.Model
+  learner: metajax.MetaLearner
+  sample_task: SampleTask
+  make_episode: MakeEpisode
+  evaluations: dict[str, dict[str, Evaluation]]  # by split, such as "test", and "5-shot"
+  mesh: jax.sharding.Mesh
+
+
+def load(recipe: Recipe) -> metajax.data.Splits:
+  """Reads the data set."""
+  return _load(
+    recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, recipe.seed
+  )
+
+
+@lru_cache(maxsize=2)  # for many runs in one process
+def _load(
+  dataset: str, data_dir: str | None, cache_dir: str | None, protocol: Any, seed: int
+) -> metajax.data.Splits:
+  if dataset == "glyphs":
+    return metajax.data.glyphs.load(seed)
+  if dataset == "mini_imagenet":
+    return metajax.data.mini_imagenet.load(data_dir, cache_dir=cache_dir)
+  return metajax.data.omniglot.load(data_dir, protocol=protocol, seed=seed, cache_dir=cache_dir)
+
+
+def mesh_of(recipe: Recipe) -> jax.sharding.Mesh:
+  """All devices if tasks are spread over them; else one, since all would do the same work."""
+  one = recipe.execution != SPREAD and jax.process_count() == 1
+  return metajax.task_mesh(jax.devices()[:1] if one else None)
+
+
+def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) -> Experiment:
+  """Makes the functions; the data must be on the mesh.
+
+  Raises:
+    ValueError: if the data set is too small for the tasks.
+  """
+  model = _model(recipe)
+  learner = metajax.meta_learner(
+    _meta_gradient(recipe, model), _outer_optimizer(recipe), _execution(recipe, mesh)
+  )
+  steps = 1 if recipe.algorithm == "joint" else recipe.inner_steps
+  draw = {"cycling": metajax.cycling, "replacement": metajax.replacement}[recipe.minibatches]
+  tail = {"shared": metajax.shared_tail, "separate": metajax.separate_tail}[recipe.tail]
+  sample_task = metajax.data.few_shot.sample_task(
+    splits.train,
+    ways=recipe.ways,
+    train_shots=recipe.train_shots - recipe.held_back,
+    test_shots=recipe.held_back,
+  )
+  if "validation" in recipe.curve_splits and splits.validation is None:
+    raise ValueError(f"{recipe.dataset} has no validation classes: take it out of --curve_splits")
+  evaluations = {
+    split: {
+      f"{shots}-shot": _evaluation(recipe, shots, batch, classes, model, learner)
+      for shots, batch in recipe.shots_and_batches
+    }
+    for split, classes in splits._asdict().items()
+    if split in (*recipe.curve_splits, "test")
+  }
+  return Experiment(
+    model, learner, sample_task, tail(draw(steps, recipe.inner_batch)), evaluations, mesh
+  )
+
+
+def _model(recipe: Recipe) -> metajax.Model:
+  network = {
+    ("paper", False): metajax.models.omniglot,
+    ("paper", True): metajax.models.mini_imagenet,
+    ("finn", False): metajax.models.finn_omniglot,
+    ("finn", True): metajax.models.finn_mini_imagenet,
+  }[recipe.network, recipe.dataset == "mini_imagenet"]
+  options = {} if recipe.filters is None else {"filters": recipe.filters}
+  return network(recipe.ways, method=recipe.convolution, **options)
+
+
+def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient:
+  loss = metajax.losses.cross_entropy(model.apply, reduction=recipe.loss_reduction)
+  if recipe.inner_optimizer == "adam":
+    inner = optax.adam(recipe.inner_rate, b1=0.0, eps_root=recipe.inner_eps_root)
+  else:
+    inner = optax.sgd(recipe.inner_rate)
+  if not recipe.adapt_norm:
+    inner = optax.chain(inner, optax.masked(optax.set_to_zero(), _of_norms))
+  if recipe.inner_state == "carried":
+    inner = metajax.carried(inner)
+  if recipe.weights is not None:
+    return metajax.combine(loss, inner, recipe.weights, of_updates=True)
+  estimators = {
+    "reptile": metajax.reptile,
+    "joint": metajax.reptile,
+    "fomaml": metajax.fomaml,
+    "maml": metajax.maml,
+  }
+  return estimators[recipe.algorithm](loss, inner)
+
+
+def _of_norms(params: Any) -> Any:
+  """A mask of the parameters that belong to batch normalization."""
+  return jax.tree.map_with_path(
+    lambda path, _: metajax.models.BatchStatsNorm.__name__ in jax.tree_util.keystr(path), params
+  )
+
+
+def _outer_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  rate = optax.linear_schedule(recipe.outer_rate, recipe.outer_rate_final, recipe.meta_steps)
+  outer = {"sgd": optax.sgd, "adam": optax.adam}[recipe.outer_optimizer](rate)
+  if recipe.outer_clip is None:
+    return outer
+  return optax.chain(optax.clip(recipe.outer_clip), outer)
+
+
+def _execution(recipe: Recipe, mesh: jax.sharding.Mesh) -> metajax.Execution:
+  if recipe.execution == "serial":
+    return metajax.serial(recipe.meta_batch)
+  if recipe.execution == SPREAD:
+    return metajax.sharded(recipe.meta_batch, mesh, chunk=recipe.chunk)
+  chunk = (recipe.chunk or 1) if recipe.execution == "chunked" else None
+  return metajax.vmapped(recipe.meta_batch, chunk=chunk)
+
+
+def _evaluation(
+  recipe: Recipe,
+  shots: int,
+  batch: int,
+  classes: metajax.data.Classes,
+  model: metajax.Model,
+  learner: metajax.MetaLearner,
+) -> Evaluation:
+  """Accuracy on tasks of these classes by both protocols, after one adaptation."""
+  protocols = {
+    "transductive": metajax.transductive(model.apply),
+    "inductive": metajax.inductive(model.apply),
+  }
+  evaluate_task = metajax.evaluate(
+    learner,
+    metajax.cycling(recipe.eval_steps, batch),
+    lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
+  )
+  sample_task = metajax.data.few_shot.sample_task(
+    classes, ways=recipe.ways, train_shots=shots, test_shots=recipe.eval_queries
+  )
+  return Evaluation(evaluate_task, sample_task, accuracies)
+
+
+def accuracies(outputs: dict[str, jax.Array], targets: jax.Array) -> dict[str, jax.Array]:
+  """The accuracy of each protocol on one task."""
+  return {name: metajax.losses.accuracy(output, targets) for name, output in outputs.items()}

@@ -1,0 +1,150 @@
+"""Training in a run folder, several jobs side by side, and how they are stopped."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import metajax
+from experiments import folders
+from experiments.folders import Line, RunFolder
+from metajax.training import DivergedError, StoppedError
+
+T = TypeVar("T")
+_STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
+
+
+def train(
+  folder: RunFolder,
+  learner: metajax.MetaLearner,
+  *arguments: Any,
+  evaluate: Callable[[metajax.MetaState], Line],
+  summary: Callable[[Line], str],
+  score: Callable[[Line], float | None],
+  mesh: jax.sharding.Mesh,
+  label: str,
+  **options: Any,
+) -> metajax.Record:
+  """Trains as `metajax.train` does, with a line in metrics.jsonl for each report.
+
+  Args:
+    folder: of the run; its checkpoints are inside.
+    learner: what to train.
+    *arguments: the further arguments of `metajax.train`.
+    evaluate: from a state to what the line says of it, besides step, seconds and losses.
+    summary: from the line to what is printed.
+    score: from the line to the score of the checkpoint.
+    mesh: where to train.
+    label: names the run beside its progress bar.
+    **options: of `metajax.train`.
+  """
+
+  def report(record: metajax.Record) -> float | None:
+    if record.restored:
+      folder.keep(lambda line: line["step"] <= record.step)
+      tqdm.write(f"going on from meta-step {record.step} of {folder.path}")
+      return None
+    if record.step == 0:
+      folder.keep(lambda line: False)
+    line: Line = {"step": record.step, "seconds": round(record.seconds, 3)}
+    if record.losses:
+      line["losses"] = record.losses
+    line |= evaluate(record.state)
+    folder.append(line)
+    tqdm.write(f"{label}: {summary(line)}")
+    return score(line)
+
+  try:
+    return metajax.train(
+      learner,
+      *arguments,
+      report=report,
+      folder=folder.path / "checkpoints",
+      mesh=mesh,
+      should_stop=stopping,
+      progress=partial(progress, mesh=mesh, desc=label),
+      **options,
+    )
+  except StoppedError as error:
+    where = f"{error} of {folder.path}"
+    raise StoppedError(f"{where}: the same command goes on from there") from error
+  except DivergedError as error:
+    raise DivergedError(f"{folder.path}: {error}") from error
+
+
+def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:
+  """A progress bar; runs side by side have a line each."""
+  line = mesh.devices.flat[0].id if mesh.size == 1 else 0
+  silent = not folders.writes()
+  return tqdm(**options, position=line, leave=False, smoothing=0.1, disable=silent)
+
+
+def stop() -> None:
+  """Asks all runs of this process to save and stop."""
+  _STOPPING.set()
+
+
+def stopping() -> bool:
+  """Whether this run is to save and stop. Of several processes, all stop if one is asked to."""
+  asked = _STOPPING.is_set()
+  if jax.process_count() == 1:
+    return asked
+  by_device = jax.NamedSharding(metajax.task_mesh(), jax.P("tasks"))
+  each = jax.make_array_from_callback(
+    (jax.device_count(),), by_device, lambda index: np.array([asked])
+  )
+  return bool(jax.block_until_ready(_any(each)))
+
+
+_any = jax.jit(jnp.any)
+
+
+def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
+  """The results of jobs that do not need each other, each on a device of its own.
+
+  A job is given a mesh of one device. After an exception in one, the others save and stop.
+
+  Raises:
+    ValueError: if several processes share the run.
+  """
+  if jax.process_count() > 1:
+    raise ValueError("several processes can only share a run whose tasks are spread over devices")
+  failed: list[BaseException] = []
+  free: SimpleQueue[jax.sharding.Mesh] = SimpleQueue()
+  for device in jax.devices():
+    free.put(metajax.task_mesh([device]))
+
+  def work(job: Callable[[jax.sharding.Mesh], T]) -> T:
+    mesh = free.get()
+    try:
+      if _STOPPING.is_set():
+        raise StoppedError("stopped before a run began: the same command goes on")
+      with jax.default_device(mesh.devices.flat[0]):
+        return job(mesh)
+    except BaseException as error:
+      failed.append(error)
+      _STOPPING.set()
+      raise
+    finally:
+      free.put(mesh)
+
+  with ThreadPoolExecutor(len(jax.devices())) as pool:
+    futures = [pool.submit(work, job) for job in jobs]
+    try:
+      wait(futures, return_when=FIRST_EXCEPTION)
+      if failed:
+        raise failed[0]  # the cause, not one of those that it stopped
+      return [future.result() for future in futures]
+    except BaseException:
+      _STOPPING.set()
+      pool.shutdown(cancel_futures=True)
+      raise
+    finally:
+      _STOPPING.clear()

@@ -1,0 +1,280 @@
+"""The settings of a few-shot run, and the paper's Tables 1 and 2 as presets, a recipe a row."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from experiments.settings import Settings, as_text, in_float32, option
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+  """What is trained and how. A run folder belongs to one choice of these."""
+
+  dataset: Literal["glyphs", "omniglot", "mini_imagenet"] = option("glyphs",
+    "Where the tasks come from. The library draws glyphs itself, so they need no data.")
+  omniglot_protocol: Literal["pooled", "alphabets"] = option("pooled",
+    "The paper's random 1200 and 423 characters, or the background and evaluation alphabets.")
+  algorithm: Literal["reptile", "fomaml", "maml", "combine", "joint"] = option("reptile",
+    "combine sums the inner optimizer's updates with --weights. joint is Reptile with one inner "
+    "step, which for SGD is joint training on all tasks.")
+  weights: tuple[float, ...] | None = option(None,
+    "The weights of combine, one for each of --inner_steps.")
+  ways: int = option(5, "Classes in a task.", at_least=2)
+  train_shots: int = option(10,
+    "Examples of each class in a training task, those of the tail included.", at_least=1)
+  tail: Literal["shared", "separate"] = option("shared",
+    "Whether the last minibatch is drawn like the others, or is --tail_shots held back.")
+  tail_shots: int = option(1,
+    "Examples of each class that are held back for a separate tail.", at_least=1)
+  minibatches: Literal["cycling", "replacement"] = option("cycling",
+    "How training minibatches are drawn.")
+  inner_optimizer: Literal["adam", "sgd"] = option("adam", "Adam has beta1 = 0, beta2 = 0.999.")
+  inner_rate: float = option(1e-3, "The inner learning rate alpha.", above=0)
+  inner_eps_root: float = option(0.0,
+    "Adam's eps_root. MAML through Adam needs one above 0.", not_below=0)
+  inner_state: Literal["carried", "fresh"] = option("carried",
+    "Whether the inner optimizer's state is carried from task to task.")
+  inner_batch: int = option(10, "Examples in an inner minibatch.", at_least=1)
+  inner_steps: int = option(5,
+    "k, the minibatches of a training task, the tail included.", at_least=1)
+  loss_reduction: Literal["sum", "mean"] = option("sum", "Over the examples of a minibatch.")
+  outer_optimizer: Literal["sgd", "adam"] = option("sgd",
+    "Its gradient is phi - U^k(phi) for reptile and joint, that of the last loss for fomaml and "
+    "maml, and the weighted sum for combine.")
+  outer_rate: float = option(1.0, "The outer learning rate at the start.", above=0)
+  outer_rate_final: float = option(0.0,
+    "The outer learning rate at the end; it falls linearly.", not_below=0)
+  outer_clip: float | None = option(None,
+    "Clips every entry of the outer gradient to [-outer_clip, outer_clip].", above=0)
+  meta_batch: int = option(5, "T, the tasks of a meta-step.", at_least=1)
+  meta_steps: int = option(600, "Outer iterations.", at_least=1)
+  execution: Literal["sharded", "vmap", "serial", "chunked"] = option("sharded",
+    "How the tasks of a meta-batch run: spread over all devices, or on one device all at once, one "
+    "after another, or --chunk at a time. With serial, one carried inner state serves all tasks; "
+    "otherwise each place in the meta-batch has its own.")
+  network: Literal["paper", "finn"] = option("paper",
+    "The paper's network for the data set, or that of Finn et al. (2017).")
+  filters: int | None = option(None,
+    "Filters of every convolution; by default those of the paper.", at_least=1)
+  adapt_norm: bool = option(True,
+    "Whether inner steps move the scales and offsets of batch normalization. In Finn et al. they "
+    "do not. Reptile never learns what they do not move.")
+  seed: int = option(0, "Determines everything random.", at_least=0)
+  eval_every: int = option(200,
+    "Meta-steps between two points of the learning curve. The state is saved at each.", at_least=1)
+  curve_tasks: int = option(50, "Tasks of each split at each point of the curve.", at_least=2)
+  curve_splits: tuple[str, ...] = option(("train", "test"),
+    "Of train, validation and test: which tasks the learning curve is of. The best checkpoint is "
+    "chosen on validation tasks, or without them on training tasks, never on test tasks.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging(Settings):
+  """How a trained learner is judged. A finished run can be judged again by others, with --judge."""
+
+  eval_shots: tuple[int, ...] = option((5,),
+    "Examples of each class to adapt on. Several numbers are judged one by one.", at_least=1)
+  eval_batch: tuple[int, ...] = option((5,),
+    "Examples in a minibatch: one number, or one for each of --eval_shots.", at_least=1)
+  eval_steps: int = option(50, "Inner steps.", at_least=1)
+  eval_queries: int = option(1, "Test examples of each class.", at_least=1)
+  eval_tasks: int = option(300, "Test tasks of the final result.", at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Settings):
+  """What changes only where and how fast a run computes; it may differ when a run is resumed."""
+
+  data_dir: str | None = option(None,
+    "Folder with the archives of the data set. Without it, Omniglot is downloaded.")
+  cache_dir: str | None = option(None,
+    "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax.")
+  chunk: int | None = option(None,
+    "Tasks that run at once, with sharded on each device; by default one on CPU.", at_least=1)
+  convolution: Literal["patches", "xla"] | None = option(None,
+    "How to convolve; by default whichever is faster on this backend.")
+  steps_per_call: int = option(25,
+    "Meta-steps in one call of the compiled loop, between two updates of the progress bar.",
+    at_least=1)
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training, Judging, Cost):
+  """One few-shot run."""
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("meta_steps", "eval_tasks", "curve_tasks"):
+      if getattr(self, name) >= 2**31:
+        raise ValueError(f"--{name}={getattr(self, name)} must be below 2^31, to be counted")
+    self.shots_and_batches  # noqa: B018, raises what is wrong with them
+    if set(self.curve_splits) - {"train", "validation", "test"}:
+      raise ValueError("--curve_splits must be of train, validation and test, with commas")
+    self._check_inner_loop()
+    if self.chunk is not None and self.execution not in ("chunked", "sharded"):
+      raise ValueError(
+        f"--chunk is of no use with --execution={self.execution}: leave it out, or use "
+        "--execution=chunked"
+      )
+    if self.chunk is not None and self.chunk > self.meta_batch:
+      raise ValueError(f"--chunk={self.chunk} must be from 1 to --meta_batch={self.meta_batch}")
+
+  def _check_inner_loop(self) -> None:
+    if (self.algorithm == "combine") != (self.weights is not None):
+      raise ValueError("--weights and --algorithm=combine go together")
+    if self.weights is not None:
+      if not all(math.isfinite(weight) for weight in self.weights):
+        raise ValueError(f"--weights={as_text(self.weights)} must be numbers separated by commas")
+      if len(self.weights) != self.inner_steps:
+        raise ValueError(
+          f"--weights has {len(self.weights)} numbers for --inner_steps={self.inner_steps}: "
+          "give one for each"
+        )
+    if self.held_back >= self.train_shots:
+      raise ValueError(
+        f"--tail_shots={self.held_back} leaves none of --train_shots={self.train_shots} to adapt "
+        "on: raise --train_shots"
+      )
+    if self.tail == "separate" and (self.inner_steps < 2 or self.algorithm == "joint"):
+      raise ValueError(
+        "--tail=separate takes the last of --inner_steps minibatches, and there is only one: "
+        "use --inner_steps=2 or more, or --tail=shared"
+      )
+    examples = self.ways * (self.train_shots - self.held_back)
+    if self.minibatches == "replacement" and self.inner_batch > examples:
+      raise ValueError(
+        f"--inner_batch={self.inner_batch} cannot be drawn without duplicates from {examples} "
+        "training examples: lower it, or use --minibatches=cycling"
+      )
+    through_adam = self.algorithm == "maml" and self.inner_optimizer == "adam"
+    if through_adam and in_float32(self.inner_eps_root) == 0:
+      raise ValueError(
+        "--algorithm=maml through --inner_optimizer=adam gives NaN where a gradient is 0: "
+        "set --inner_eps_root, say to 1e-8, or use --inner_optimizer=sgd"
+      )
+
+  @property
+  def held_back(self) -> int:
+    """Examples of each class that only the tail sees."""
+    return self.tail_shots if self.tail == "separate" else 0
+
+  @property
+  def shots_and_batches(self) -> list[tuple[int, int]]:
+    """For every evaluation, the examples of each class and those of a minibatch."""
+    shots, batches = self.eval_shots, self.eval_batch
+    if len(set(shots)) < len(shots):
+      raise ValueError(f"--eval_shots={as_text(shots)} must be different numbers")
+    if len(batches) not in (1, len(shots)):
+      raise ValueError(
+        f"--eval_batch={as_text(batches)} must be one number, or one for each of "
+        f"--eval_shots={as_text(shots)}"
+      )
+    return list(zip(shots, batches * len(shots) if len(batches) == 1 else batches, strict=True))
+
+
+def _reptile(dataset: Any, ways: int, **changes: Any) -> Recipe:
+  """A row of Nichol et al., Appendix A."""
+  return Recipe(
+    dataset=dataset,
+    ways=ways,
+    eval_shots=(1, 5),
+    eval_every=2_000,
+    eval_tasks=10_000,
+    curve_tasks=100,
+    **changes,
+  )
+
+
+def _finn(
+  dataset: Any, ways: int, shots: int, algorithm: Any, queries: int, clip: float | None, **row: Any
+) -> Recipe:
+  """A row of Finn et al. (2017) and their code, with these differences of convention.
+
+  Their loss is `ways` times the mean over a minibatch, so that the rate on the mean is larger by as
+  much. Each of their updates takes the whole support set, and then comes the loss on the queries: k
+  is their number of updates and 1. They clip the gradient of a loss that is the sum over the
+  queries, divided by the shots.
+  """
+  return Recipe(
+    dataset=dataset,
+    ways=ways,
+    algorithm=algorithm,
+    train_shots=shots + queries,
+    tail="separate",
+    tail_shots=queries,
+    inner_optimizer="sgd",
+    inner_batch=ways * shots,
+    loss_reduction="mean",
+    outer_optimizer="adam",
+    outer_rate=1e-3,
+    outer_rate_final=1e-3,
+    outer_clip=None if clip is None else round(clip * shots / (ways * queries), 6),
+    network="finn",
+    adapt_norm=False,
+    meta_steps=60_000,
+    eval_shots=(shots,),
+    eval_batch=(ways * shots,),
+    eval_queries=shots,
+    eval_tasks=600,
+    eval_every=2_000,
+    curve_tasks=100,
+    **row,
+  )
+
+
+_ALL_SPLITS = ("train", "validation", "test")  # of mini-ImageNet
+
+# fmt: off
+_REPTILE = {
+  "omniglot_5way": _reptile("omniglot", 5, meta_steps=100_000),
+  "omniglot_20way": _reptile("omniglot", 20, meta_steps=200_000,
+    inner_batch=20, inner_steps=10, inner_rate=5e-4, eval_batch=(10,)),
+  "mini_imagenet_5way": _reptile("mini_imagenet", 5, meta_steps=100_000,
+    train_shots=15, inner_steps=8, eval_batch=(5, 15), steps_per_call=5, curve_splits=_ALL_SPLITS),
+}
+_OMNIGLOT_5WAY = {"inner_rate": 2.0, "inner_steps": 2, "eval_steps": 3, "meta_batch": 32}
+_OMNIGLOT_20WAY = {"inner_rate": 2.0, "inner_steps": 6, "eval_steps": 5, "meta_batch": 16}
+_MINI_IMAGENET = {"inner_rate": 0.05, "inner_steps": 6, "eval_steps": 10, "steps_per_call": 10,
+  "curve_splits": _ALL_SPLITS}
+_FINN = {
+  f"{dataset}_{shots}shot_{ways}way_{algorithm}":
+    _finn(dataset, ways, shots, algorithm, queries, clip, **row)
+  for dataset, ways, shots, queries, clip, row in (
+    ("omniglot", 5, 1, 1, None, _OMNIGLOT_5WAY),
+    ("omniglot", 5, 5, 5, None, _OMNIGLOT_5WAY),
+    ("omniglot", 20, 1, 1, None, _OMNIGLOT_20WAY),
+    ("omniglot", 20, 5, 5, None, _OMNIGLOT_20WAY),
+    ("mini_imagenet", 5, 1, 15, 10.0, {**_MINI_IMAGENET, "meta_batch": 4}),
+    ("mini_imagenet", 5, 5, 15, 10.0, {**_MINI_IMAGENET, "meta_batch": 2}),
+  )
+  for algorithm in ("maml", "fomaml")
+}
+# fmt: on
+
+# Plain SGD inside and out, a task at a time: the setting of Figures 3 and 4.
+PLAIN_SGD = Recipe(
+  dataset="omniglot",
+  algorithm="combine",
+  weights=(1.0,),
+  inner_optimizer="sgd",
+  inner_rate=0.003,
+  inner_steps=1,
+  outer_rate=0.25,
+  meta_batch=1,
+  meta_steps=40_000,
+  execution="serial",
+  steps_per_call=50,
+  eval_batch=(25,),
+  eval_steps=5,
+  eval_tasks=1_000,
+  curve_splits=("test",),
+)
+
+PRESETS: dict[str, Recipe] = {
+  "glyphs_5way_reptile": Recipe(),
+  **{f"{name}_reptile": recipe for name, recipe in _REPTILE.items()},
+  **_FINN,
+}

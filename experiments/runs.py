@@ -1,0 +1,298 @@
+"""A few-shot run in its folder: trained, judged, and many of them together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import metajax
+from experiments import build, folders, jobs, plots
+from experiments.build import Experiment
+from experiments.folders import Line, RunFolder
+from experiments.recipes import Cost, Judging, Recipe, Training
+from experiments.settings import values_of
+from metajax.checkpoint import checkpoints
+
+TASKS_PER_CALL = 25  # judged by one call of a compiled program, whatever the number of tasks
+TEST_TASKS = "test_tasks.jsonl"
+_FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
+_PATHS = ("data_dir", "cache_dir")  # not kept with a run: another machine has others
+_FREE = ("eval_tasks", *(setting.name for setting in fields(Cost)))  # may differ on resuming
+
+
+def open_folder(
+  recipe: Recipe, out: str | Path, *, without: Sequence[str] = (), free: Sequence[str] = _FREE
+) -> RunFolder:
+  """The folder of the recipe's run; nothing is written yet.
+
+  Args:
+    recipe: whose settings the folder belongs to.
+    out: the folder.
+    without: settings that it does not keep, since each run inside has others.
+    free: settings that may differ from those that the run was begun with.
+  """
+  left_out = (*_PATHS, *without)
+  values = values_of(recipe, Training, Judging, Cost).items()
+  return RunFolder(out, {name: value for name, value in values if name not in left_out}, free=free)
+
+
+def conditions(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) -> list[str]:
+  """What a run depends on besides its settings."""
+  found = [folders.describe(splits)]
+  if recipe.execution == build.SPREAD and recipe.inner_state == "carried":
+    each = -(-recipe.meta_batch // mesh.size)
+    found.append(f"inner states: {each * mesh.size}")
+  return found
+
+
+def prepare(
+  recipe: Recipe, out: str | Path, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Experiment, RunFolder]:
+  """Reads the data, builds the experiment and begins its folder.
+
+  Args:
+    recipe: of one run.
+    out: its folder.
+    mesh: where to run; by default all devices if tasks are spread over them, else one.
+
+  Raises:
+    ValueError: if a setting or the data is no good; nothing has been written over then.
+  """
+  folder = open_folder(recipe, out)
+  mesh = build.mesh_of(recipe) if mesh is None else mesh
+  splits = metajax.programs.on_mesh(build.load(recipe), mesh)
+  experiment = build.build(recipe, splits, mesh)
+  folder.begin(*conditions(recipe, splits, mesh))
+  return experiment, folder
+
+
+def check_all(many: Sequence[tuple[str, Recipe, Path]]) -> None:
+  """Raises what is wrong with any of several runs, by the first's data, before one is trained."""
+  splits = build.load(many[0][1])
+  for _, recipe, out in many:
+    open_folder(recipe, out)
+    build.build(recipe, splits, build.mesh_of(recipe))
+
+
+class Keys(NamedTuple):
+  """Everything random in a run."""
+
+  init: jax.Array
+  train: jax.Array
+  curve: jax.Array
+  test: jax.Array
+
+
+def keys_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> Keys:
+  keys = jax.random.split(jax.random.key(recipe.seed), 4)
+  return metajax.programs.on_mesh(Keys(*keys), mesh)
+
+
+def judge_of(experiment: Experiment, folder: RunFolder, label: str) -> Callable[..., Any]:
+  """Judges states of an experiment.
+
+  Returns:
+    `(state, key, split, num_tasks, log=None) -> {cell: accuracies [num_tasks]}`. With the name of a
+    log in the folder, what is in the log is not computed again, and a request to stop is obeyed.
+  """
+  judges = {
+    (split, shots): metajax.judge(*evaluation, experiment.mesh, tasks_per_call=TASKS_PER_CALL)
+    for split, by_shots in experiment.evaluations.items()
+    for shots, evaluation in by_shots.items()
+  }
+
+  def judge(
+    state: metajax.MetaState, key: jax.Array, split: str, num_tasks: int, log: str | None = None
+  ) -> dict[str, np.ndarray]:
+    logged = folder.keep(name=log) if log else []
+    done = {(line["shots"], line["first"]): line["accuracy"] for line in logged}
+    values = {}
+    for shots in experiment.evaluations[split]:
+      columns: dict[str, list[float]] = {}
+      with jobs.progress(
+        total=num_tasks, unit="task", desc=f"{label}, {shots} {split} tasks", mesh=experiment.mesh
+      ) as bar:
+        for first in range(0, num_tasks, TASKS_PER_CALL):
+          part = done.get((shots, first))
+          if part is None:
+            if log and jobs.stopping():
+              raise jobs.StoppedError(
+                f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
+                "from there"
+              )
+            accuracies = judges[split, shots](state, key, TASKS_PER_CALL, first)
+            part = {protocol: column.tolist() for protocol, column in accuracies.items()}
+            if log:
+              folder.append({"shots": shots, "first": first, "accuracy": part}, log)
+          for protocol, column in part.items():
+            columns.setdefault(protocol, []).extend(column)
+          bar.update(min(TASKS_PER_CALL, num_tasks - first))
+      for protocol, column in columns.items():
+        values[f"{shots} {protocol}"] = np.array(column[:num_tasks])
+    return values
+
+  return judge
+
+
+def cells_of(values: dict[str, np.ndarray]) -> Line:
+  """The cells of a result, from the accuracies of test tasks."""
+  cells = plots.with_intervals(values)
+  for name, cell in cells.items():
+    cell["tasks"] = len(values[name])
+    if len(values[name]) > _FINN:
+      cell["first_600"] = plots.with_intervals({name: values[name][:_FINN]})[name]
+  return cells
+
+
+def run(
+  recipe: Recipe, experiment: Experiment, folder: RunFolder, label: str = "meta-training"
+) -> Line:
+  """Trains and judges; returns what it writes to result.json."""
+  keys = keys_of(recipe, experiment.mesh)
+  judge = judge_of(experiment, folder, label)
+  start = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
+
+  def evaluate(state: metajax.MetaState) -> Line:
+    folder.keep(lambda line: False, TEST_TASKS)  # they are of a later state, or of this one anew
+    return {
+      split: plots.with_intervals(judge(state, keys.curve, split, recipe.curve_tasks))
+      for split in recipe.curve_splits
+    }
+
+  record = jobs.train(
+    folder,
+    experiment.learner,
+    experiment.sample_task,
+    experiment.make_episode,
+    start,
+    keys.train,
+    evaluate=evaluate,
+    summary=plots.learning_curve_summary,
+    score=plots.learning_curve_score,
+    mesh=experiment.mesh,
+    label=label,
+    num_steps=recipe.meta_steps,
+    report_every=recipe.eval_every,
+    steps_per_call=recipe.steps_per_call,
+  )
+  result: Line = {
+    "cells": cells_of(judge(record.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)),
+    "meta_steps": recipe.meta_steps,
+    "train_seconds": round(record.seconds, 3),
+    "meta_steps_per_second": round(recipe.meta_steps / record.seconds, 3),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(record.state.params)),
+    "versions": folders.versions(),
+  }
+  plots.draw_learning_curve([folder.lines()], folder.path / "learning_curve.png")
+  folder.finish(result)
+  return result
+
+
+def complete(recipe: Recipe, folder: RunFolder) -> Line | None:
+  """The result of a run that is complete.
+
+  Raises:
+    ValueError: if it was judged on another number of tasks.
+  """
+  result = folder.result()
+  judged = {cell["tasks"] for cell in result["cells"].values()} if result else set()
+  if judged - {recipe.eval_tasks}:
+    raise ValueError(
+      f"{folder.path} is complete, with --eval_tasks={judged.pop()}: to judge it on "
+      f"{recipe.eval_tasks} tasks, add --judge=newest"
+    )
+  return result
+
+
+def run_all(
+  many: Sequence[tuple[str, Recipe, Path]], *, diverging_guesses: bool = False
+) -> list[Line]:
+  """The results of several labelled runs, in order; those that are complete are left as they are.
+
+  If they spread their tasks, they run one after another on all devices, else side by side, each on
+  a device of its own. A run that diverges ends them all, or, with `diverging_guesses`, has the
+  accuracy of guessing.
+  """
+
+  def job(label: str, recipe: Recipe, out: Path, mesh: jax.sharding.Mesh | None) -> Line:
+    folder = open_folder(recipe, out)
+    try:
+      return complete(recipe, folder) or run(recipe, *prepare(recipe, out, mesh), label)
+    except jobs.DivergedError as error:
+      if not diverging_guesses:
+        raise
+      guess = {"accuracy": 1 / recipe.ways, "interval95": 0.0, "tasks": recipe.eval_tasks}
+      cells = [
+        f"{shots}-shot {protocol}"
+        for shots, _ in recipe.shots_and_batches
+        for protocol in ("transductive", "inductive")
+      ]
+      result = {"cells": dict.fromkeys(cells, guess), "diverged": str(error)}
+      folder.finish(result)
+      tqdm.write(f"{label}: {error}; it counts as guessing")
+      return result
+
+  if any(recipe.execution == build.SPREAD for _, recipe, _ in many):
+    return [job(*one, None) for one in many]
+  return jobs.side_by_side([partial(job, *one) for one in many])
+
+
+def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
+  """Judges the newest or the best checkpoint of a run, which may still be training.
+
+  Lines and result are written to a folder of the run, judged/stepN; one that was judged in another
+  way is renamed to judged/stepN.old1.
+
+  Raises:
+    ValueError: if the recipe trains something else, or there is no checkpoint.
+  """
+  folder = open_folder(recipe, out, free=(*_FREE, *(setting.name for setting in fields(Judging))))
+  saved = folder.path / "checkpoints"
+  if not saved.is_dir():
+    raise ValueError(f"{folder.path} holds no checkpoints to judge: give the --out of a run")
+  mesh = build.mesh_of(recipe)
+  splits = metajax.programs.on_mesh(build.load(recipe), mesh)
+  experiment = build.build(recipe, splits, mesh)
+  folder.check(*conditions(recipe, splits, mesh))
+  keys = keys_of(recipe, mesh)
+  like = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
+  with checkpoints(saved) as opened:
+    find = {"newest": opened.restore, "best": opened.best}[which]
+    found = find(metajax.programs.on_mesh(like, mesh))
+  if found is None:
+    raise ValueError(f"{folder.path} has no {which} checkpoint yet: wait, or use --judge=newest")
+  step = int(found.state.step)
+  ways = {name: value for name, value in values_of(recipe, Judging).items() if name != "eval_tasks"}
+  path = folder.path / "judged" / f"step{step}"
+  try:
+    judged = RunFolder(path, ways)
+  except ValueError:
+    folders.set_aside(path)
+    judged = RunFolder(path, ways)
+  judged.begin()
+  with folders.alone(path):
+    judge = judge_of(experiment, judged, f"meta-step {step}")
+    values = judge(found.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)
+    result = {"cells": cells_of(values), "meta_steps": step, "versions": folders.versions()}
+    judged.finish(result)
+  return result
+
+
+def of_each_seed(
+  label: str, recipe: Recipe, out: Path, seeds: int
+) -> list[tuple[str, Recipe, Path]]:
+  """The runs of several seeds, each in a folder of its own inside `out`.
+
+  Raises:
+    ValueError: if a seed is too large.
+  """
+  label = f"{label}, " if label else ""
+  return [
+    (f"{label}seed {seed}", replace(recipe, seed=seed), out / f"seed{seed}")
+    for seed in range(recipe.seed, recipe.seed + seeds)
+  ]

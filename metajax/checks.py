@@ -1,0 +1,141 @@
+"""Checks of shapes, dtypes and ranges. Each raises a ValueError of one line that says what to do.
+
+They read shapes and dtypes only, so that they work on traced values and cost nothing at run time.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from metajax.types import Examples, LossFn, Params, num_examples
+
+
+def at_least_one(**numbers: int) -> None:
+  """Checks that the named numbers are 1 or more."""
+  for name, number in numbers.items():
+    if number < 1:
+      raise ValueError(f"{name} must be at least 1, not {number}")
+
+
+def chunk_of_tasks(chunk: int | None, num_tasks: int) -> None:
+  """Checks the number of tasks that run together."""
+  if chunk is not None and not 1 <= chunk <= num_tasks:
+    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
+
+
+def one_axis(mesh: jax.sharding.Mesh) -> None:
+  """Checks that a mesh can be used for tasks."""
+  if len(mesh.axis_names) != 1:
+    raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
+
+
+def leading_axis(what: str, tree: Any, size: int) -> None:
+  """Checks that all leaves are `[size, ...]`."""
+  try:
+    chex.assert_tree_shape_prefix(_abstract(tree), (size,))
+  except AssertionError as error:
+    found = sorted({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)} - {(size,)})
+    raise ValueError(
+      f"{what} must have a leading axis of {size}, not {found}: give as many tasks as the "
+      "meta-batch, and the state that init returned"
+    ) from error
+
+
+def gradient_like(params: Params, gradient: Params) -> None:
+  """Checks that a gradient has the structure and the shapes of the parameters."""
+  message = "the gradient is not like the parameters: return one array for each, of its shape"
+  _like(params, gradient, message)
+
+
+def state_of(which: str, expected: Any, state: Any) -> None:
+  """Checks that the state of an optimizer has the structure and the shapes that it should have."""
+  message = (
+    f"the {which} state is not that of this optimizer for these parameters: start from what `init` "
+    "returns for them"
+  )
+  _like(expected, state, message)
+
+
+def _like(expected: Any, found: Any, message: str) -> None:
+  try:
+    chex.assert_trees_all_equal_shapes(_abstract(expected), _abstract(found))
+  except AssertionError as error:
+    raise ValueError(message) from error
+
+
+def _abstract(tree: Any) -> Any:
+  """The shapes and dtypes of a tree, whose leaves may be Python numbers."""
+  return jax.eval_shape(lambda tree: tree, tree)
+
+
+def floating_point(params: Params) -> None:
+  """Checks that all parameters can be trained."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+      name = jax.tree_util.keystr(path) or "theirs"
+      raise ValueError(
+        f"parameters must be floating point, and {name} is {dtype}: convert it, or leave it out"
+      )
+
+
+def scalar(loss_fn: LossFn) -> LossFn:
+  """Returns the same loss with checks of the minibatch and of the value.
+
+  Raises:
+    ValueError: when called, if there is no example, or the loss is not one floating-point number.
+  """
+
+  def checked(params: Params, batch: Examples) -> jax.Array:
+    if num_examples(batch) == 0:
+      raise ValueError("a minibatch has no example: raise the batch size or the shots")
+    loss = loss_fn(params, batch)
+    types = [jax.typeof(leaf) for leaf in jax.tree.leaves(loss)]
+    if not jax.tree_util.all_leaves([loss]) or not (
+      types[0].shape == () and jnp.issubdtype(types[0].dtype, jnp.floating)
+    ):
+      found = ", ".join(map(str, types)) or "nothing"
+      raise ValueError(
+        f"the loss must be one floating-point number, not {found}: return the sum or the mean over "
+        "the minibatch, and nothing else"
+      )
+    return loss
+
+  return checked
+
+
+def finite_vector(weights: Any) -> np.ndarray:
+  """Returns the weights of `combine` as an array, if they are a vector of finite real numbers."""
+  try:
+    if not isinstance(weights, jax.core.Tracer):
+      vector = np.asarray(weights)
+      real = vector.dtype != bool and not np.iscomplexobj(vector)
+      with np.errstate(over="ignore"):
+        finite = np.isfinite(vector.astype(jax.dtypes.canonicalize_dtype(vector.dtype))).all()
+      if real and finite and vector.ndim == 1 and vector.size:
+        return vector
+  except (TypeError, ValueError):  # not numbers, or a ragged list of lists
+    pass
+  raise ValueError(f"weights must be k finite numbers, known beforehand, not {weights!r:.80}")
+
+
+def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
+  """Checks that the optimizer's update has a finite derivative at a zero gradient, on scalars."""
+  with jax.ensure_compile_time_eval():
+    scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), params)
+    ones = jax.tree.map(jnp.ones_like, scalars)
+    state = optimizer.init(scalars)
+    _, slopes = jax.jvp(
+      lambda grads: optimizer.update(grads, state, scalars)[0], (scalars,), (ones,)
+    )
+    known = [s for s in jax.tree.leaves(slopes) if not isinstance(s, jax.core.Tracer)]
+    finite = all(bool(jnp.isfinite(slope)) for slope in known)  # a traced rate cannot be judged
+  if not finite:
+    raise ValueError(
+      "maml needs an inner optimizer whose update has a finite derivative at a zero gradient: "
+      "give optax.adam an eps_root > 0 (say 1e-8), or use optax.sgd"
+    )

@@ -1,0 +1,74 @@
+"""Programs that are compiled once, with the data they use as arguments."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+  """Copies arrays to every device of a mesh. Arrays that are spread over it already stay so."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+
+  def place(leaf: Any) -> jax.Array:
+    if not isinstance(leaf, jax.Array):
+      return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+    if leaf.sharding.device_set == set(mesh.devices.flat):
+      return leaf
+    if jax.process_count() > 1:  # device_put reaches the devices of this process only
+      return jax.jit(lambda leaf: leaf, out_shardings=everywhere)(leaf)
+    return jax.device_put(leaf, everywhere)
+
+  return jax.tree.map(place, tree)
+
+
+def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T], list[jax.Array]]:
+  """Traces a function for such arguments.
+
+  Returns:
+    `(constants, *arguments) -> outputs`, and the arrays that the function closes over, which are
+    its constants.
+  """
+  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  structure = jax.tree.structure(shapes)
+
+  def call(constants: list[jax.Array], *arguments: Any) -> T:
+    closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
+    flat = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(arguments))
+    return jax.tree.unflatten(structure, flat)
+
+  return call, program.consts
+
+
+def compiled(
+  function: Callable[..., T], mesh: Mesh, *arguments: Any, donate: bool = False, **options: Any
+) -> Callable[..., T]:
+  """Compiles a function for such arguments, which are on the mesh.
+
+  Arrays that the function closes over, such as a data set, are copied to the mesh and become
+  arguments of the program. As constants they would be compiled into it, which takes long and
+  writes them to the compilation cache.
+
+  Args:
+    function: what to compile.
+    mesh: where to run it.
+    *arguments: examples of its arguments.
+    donate: whether the memory of the first argument may be used for the outputs.
+    **options: for `jax.jit`.
+  """
+  call, constants = traced(function, *arguments)
+  constants = on_mesh(constants, mesh)
+  jitted = jax.jit(call, donate_argnums=1 if donate else (), **options)
+  return partial(jitted.lower(constants, *arguments).compile(), constants)
+
+
+@jax.jit
+def copied(tree: Any) -> Any:
+  """Copies arrays, so that a program may be given the memory of the originals."""
+  return jax.tree.map(jnp.copy, tree)

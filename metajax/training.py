@@ -1,0 +1,207 @@
+"""The training loop of a whole program: compiled once, with progress, reports and checkpoints."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from metajax import checks
+from metajax.devices import task_mesh
+from metajax.meta import MetaLearner, MetaState, run
+from metajax.programs import compiled, copied, on_mesh
+from metajax.types import MakeEpisode, PRNGKey, SampleTask
+
+
+class StoppedError(RuntimeError):
+  """Training was asked to stop. Its state is saved."""
+
+
+class DivergedError(RuntimeError):
+  """The parameters are no longer finite. States that were saved before are kept."""
+
+
+class Losses(NamedTuple):
+  """The losses of the inner steps, added over meta-steps in float64."""
+
+  meta_steps: int = 0
+  totals: Sequence[float] = ()  # the sums of L_1 ... L_k, [k]
+
+  def add(self, losses: np.ndarray) -> "Losses":
+    """Adds the losses `[n, k]` of n more meta-steps."""
+    totals = losses.astype(np.float64).sum(axis=0)
+    before = np.asarray(self.totals) if self.meta_steps else 0.0
+    return Losses(self.meta_steps + len(losses), (before + totals).tolist())
+
+  def mean(self) -> list[float]:
+    return [total / self.meta_steps for total in self.totals]
+
+
+class Record(NamedTuple):
+  """What `train` reports from time to time, and returns at the end.
+
+  Attributes:
+    step: the meta-steps done so far.
+    state: the state after them.
+    losses: L_1 ... L_k, averaged over all tasks and meta-steps since the last report; empty in the
+      first report of a program.
+    seconds: the time spent in compiled meta-steps, that of earlier, interrupted programs included.
+    restored: whether this is the state that was restored from a checkpoint.
+  """
+
+  step: int
+  state: MetaState
+  losses: list[float]
+  seconds: float
+  restored: bool
+
+
+def _no_report(record: Record) -> None:
+  return None
+
+
+def train(
+  learner: MetaLearner,
+  sample_task: SampleTask,
+  make_episode: MakeEpisode,
+  state: MetaState,
+  key: PRNGKey,
+  *,
+  num_steps: int,
+  report: Callable[[Record], float | None] = _no_report,
+  report_every: int = 100,
+  folder: str | os.PathLike | None = None,
+  steps_per_call: int = 25,
+  mesh: Mesh | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
+  progress: Callable[..., tqdm] = tqdm,
+) -> Record:
+  """Trains up to meta-step `num_steps`, with a progress bar.
+
+  With a folder, the state is saved at every report. The same call then resumes an interrupted run
+  and ends with bit-identical parameters. Data that the samplers close over becomes an argument of
+  the compiled programs.
+
+  Args:
+    learner: from `meta_learner`.
+    sample_task: `key -> Task`, traceable by JAX.
+    make_episode: `(key, Task) -> Episode`.
+    state: from `learner.init`. If the folder holds a checkpoint, training starts from that.
+    key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
+    num_steps: the meta-step at which training ends.
+    report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
+      It may return a score: the state with the highest score is kept, besides the newest ones.
+    report_every: meta-steps between two reports.
+    folder: of the checkpoints, or None to save nothing.
+    steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
+    mesh: where to train; by default the mesh of the execution, or JAX's default device.
+    should_stop: is asked before every compiled call whether to save and stop.
+    progress: makes the progress bar, with the arguments `total`, `initial` and `unit` of `tqdm`.
+
+  Returns:
+    The last record. At the start of a run that is complete already, it is the restored one.
+
+  Raises:
+    ValueError: if a number is below 1, or no checkpoint of the folder can be restored.
+    StoppedError: if `should_stop` says so; the state is saved.
+    DivergedError: if the parameters are no longer finite; the message names the meta-step.
+    OSError: if a checkpoint cannot be written; those before are kept.
+  """
+  checks.at_least_one(num_steps=num_steps, report_every=report_every, steps_per_call=steps_per_call)
+  mesh = mesh or learner.execution.mesh or task_mesh(list(jnp.zeros(()).devices()))
+  state, key = on_mesh((state, key), mesh)
+  state = copied(state)  # the caller's own stays as it is
+  programs: dict[int, Callable[..., Any]] = {}  # by number of meta-steps
+  seconds, losses = 0.0, Losses()
+  with ExitStack() as stack:
+    saved = found = None
+    if folder is not None:
+      from metajax.checkpoint import checkpoints  # Orbax takes seconds to import
+
+      saved = checkpoints(folder)
+      stack.push(_closing(saved))
+      found = saved.restore(state)
+    if found is not None:
+      state, seconds = found.state, found.extra["seconds"]
+      losses = Losses(*found.extra.get("losses", ()))
+    step = last_saved = int(state.step)
+    # Every record has a copy of the state, since the next meta-step uses the memory of this one.
+    record = Record(step, copied(state), [], seconds, restored=found is not None)
+    report(record)
+
+    bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
+    while step < num_steps:
+      if should_stop():
+        if saved and step > last_saved:
+          saved.save(state, {"seconds": seconds, "losses": losses})
+        raise StoppedError(f"stopped at meta-step {step}" + (f" of {folder}" if folder else ""))
+      until_report = min(num_steps, (step // report_every + 1) * report_every) - step
+      steps = min(steps_per_call, until_report)
+      if steps not in programs:
+        many_steps = _checking_parameters(run(learner, sample_task, make_episode, steps))
+        programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
+      start = time.perf_counter()
+      with jax.transfer_guard("disallow"):  # everything stays on the device, sampling included
+        state, infos, finite = jax.block_until_ready(programs[steps](state, key))
+      seconds += time.perf_counter() - start
+      new_losses = np.asarray(infos.losses)
+      if not finite:
+        kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
+        raise DivergedError(
+          f"training diverged at meta-step {step + _diverging_step(new_losses)}, its parameters "
+          f"are not finite: lower the inner or the outer rate ({kept})"
+        )
+      step += steps
+      losses = losses.add(new_losses)
+      bar.update(steps)
+      bar.set_postfix_str(f"loss {new_losses[:, 0].mean():.3f} -> {new_losses[:, -1].mean():.3f}")
+      if steps == until_report:
+        record = Record(step, copied(state), losses.mean(), seconds, restored=False)
+        losses = Losses()
+        score = report(record)
+        if saved:
+          saved.save(state, {"seconds": seconds}, score=score)
+          last_saved = step
+  return record
+
+
+def _closing(saved: Any) -> Callable[..., None]:
+  """An exit function that closes the checkpoints, but not if that would wait for a lost process."""
+
+  def close(kind: type[BaseException] | None, *_: Any) -> None:
+    if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+      saved.close()
+
+  return close
+
+
+def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:
+  """Does the same, and also returns whether all parameters are finite."""
+
+  def checked(state: MetaState, key: PRNGKey) -> tuple[Any, Any, jax.Array]:
+    state, infos = many_steps(state, key)
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+    return state, infos, jnp.stack(finite).all()
+
+  return checked
+
+
+def _diverging_step(losses: np.ndarray) -> int:
+  """Finds which of these meta-steps, counted from 1, made the parameters infinite.
+
+  If L_1 of a meta-step is not finite, it started from such parameters: the one before made them.
+
+  Args:
+    losses: `[n, k]`.
+  """
+  bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
+  if not len(bad):
+    return len(losses)
+  inherited = not np.isfinite(losses[bad[0], 0])
+  return max(1, int(bad[0]) + (0 if inherited else 1))

@@ -1,0 +1,162 @@
+"""The library's own training loop, as a user's program calls it."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metajax
+from metajax import programs, training
+from tests import problems
+
+POOL = problems.examples(3, 40)
+KEY = jax.random.key(5)
+MAKE_EPISODE = metajax.shared_tail(metajax.cycling(3, 4))
+
+
+def sample_task(key):
+  rows = jax.random.permutation(key, 40)
+  part = lambda rows: jax.tree.map(lambda leaf: leaf[rows], POOL)
+  return metajax.Task(part(rows[:8]), part(rows[8:13]))
+
+
+def learner_of(execution):
+  inner = metajax.carried(optax.adam(0.05, b1=0.0))
+  gradient = metajax.reptile(problems.softmax_loss(), inner)
+  return metajax.meta_learner(gradient, optax.sgd(0.5), execution)
+
+
+LEARNER = learner_of(metajax.vmapped(2))
+START = LEARNER.init(problems.weights())
+
+
+def train(learner=LEARNER, start=START, **options):
+  options = {"num_steps": 7, "report_every": 3, "steps_per_call": 1, **options}
+  return metajax.train(learner, sample_task, MAKE_EPISODE, start, KEY, **options)
+
+
+def equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture(scope="module")
+def expected():
+  """The states after 0 ... 7 meta-steps, and the losses of each, by single steps."""
+  sample = LEARNER.execution.sample(sample_task, MAKE_EPISODE)
+  step = jax.jit(lambda state: LEARNER.step(state, sample(jax.random.fold_in(KEY, state.step))))
+  states, losses = [START], []
+  for _ in range(7):
+    state, info = step(states[-1])
+    states.append(state)
+    losses.append(np.asarray(info.losses))
+  return states, np.array(losses)
+
+
+def test_it_reports_the_states_and_the_mean_losses_between_reports(expected):
+  states, losses = expected
+  records = []
+  last = train(report=records.append)
+  assert [record.step for record in records] == [0, 3, 6, 7]
+  assert last is records[-1] and not any(record.restored for record in records)
+  assert records[0].losses == [] and records[0].seconds == 0 < last.seconds
+  for before, record in itertools.pairwise(records):
+    mean = losses[before.step : record.step].mean(axis=0)
+    np.testing.assert_allclose(record.losses, mean, rtol=1e-6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, record.state, states[record.step])
+  equal(START.params, problems.weights())  # the caller's arrays are still there
+
+
+def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
+  whole = train(folder=tmp_path / "whole")
+  for step in (2, 3):  # between two reports, and at one
+    out, asked = tmp_path / str(step), iter([False] * step + [True])
+    with pytest.raises(training.StoppedError, match=f"stopped at meta-step {step} of "):
+      train(folder=out, should_stop=lambda asked=asked: next(asked))
+    records = []
+    resumed = train(folder=out, report=records.append)
+    assert records[0].restored and records[0].step == step
+    equal(resumed.state, whole.state)
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-12)
+  again = train(folder=tmp_path / "whole")
+  assert again.restored and again.step == 7 and again.seconds > 0
+  equal(again.state, whole.state)
+
+
+def test_the_state_with_the_highest_score_is_kept(tmp_path):
+  scores = {0: 9.0, 1: 0.1, 2: 0.8, 3: 0.2, 4: 0.3, 5: 0.4, 6: 0.5, 7: 0.6}
+  states = {}
+
+  def report(record):
+    states[record.step] = record.state
+    return np.float32(scores[record.step])  # as a mean of accuracies is
+
+  train(folder=tmp_path, report=report, report_every=1)
+  with metajax.checkpoint.checkpoints(tmp_path) as saved:
+    equal(saved.best(START).state, states[2])
+    equal(saved.restore(START).state, states[7])
+
+
+def test_all_executions_train_alike_and_data_need_not_be_placed():
+  """The samplers close over arrays of one device; every execution finds them where it computes."""
+  found = []
+  for execution in (metajax.vmapped(3), metajax.sharded(3)):
+    learner = learner_of(execution)
+    found.append(train(learner, learner.init(problems.weights()), num_steps=2).state)
+  np.testing.assert_allclose(found[0].params, found[1].params, rtol=1e-5)
+  assert len(found[1].params.sharding.device_set) == len(jax.devices()) > 1
+
+
+def test_divergence_names_the_meta_step_and_keeps_what_was_finite(tmp_path):
+  def step(state, episodes):
+    """Makes the parameters infinite in meta-step 5."""
+    after, info = LEARNER.step(state, episodes)
+    return after._replace(params=jnp.where(state.step == 4, jnp.inf, after.params)), info
+
+  with pytest.raises(training.DivergedError, match=r"at meta-step 5, .*meta-step 3 is saved"):
+    train(LEARNER._replace(step=step), folder=tmp_path)
+  with metajax.checkpoint.checkpoints(tmp_path) as saved:
+    assert saved.restore(START).state.step == 3
+  with pytest.raises(training.DivergedError, match="nothing is saved"):
+    train(LEARNER._replace(step=step))
+
+
+@pytest.mark.parametrize(
+  ("bad", "step"), [({}, 4), ({(2, 1): np.nan}, 3), ({(2, 0): np.inf}, 2), ({(0, 0): np.nan}, 1)]
+)
+def test_the_meta_step_that_diverged_is_the_one_before_a_bad_start(bad, step):
+  losses = np.ones((4, 2))
+  for where, value in bad.items():
+    losses[where[0], where[1] :] = value
+    losses[where[0] + 1 :] = np.nan
+  assert training._diverging_step(losses) == step
+
+
+@pytest.mark.parametrize("name", ["num_steps", "report_every", "steps_per_call"])
+def test_numbers_below_one_are_refused(name):
+  with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+    train(**{name: 0})
+
+
+def test_losses_are_added_in_double_precision():
+  losses = training.Losses()
+  for _ in range(3):
+    losses = losses.add(np.float32([[1.0, 2.0**-24]]))
+  assert losses.mean() == [1.0, 2.0**-24]
+  assert training.Losses(*json.loads(json.dumps(losses))).mean() == losses.mean()
+
+
+def test_what_a_program_closes_over_is_an_argument_of_it():
+  data = jnp.asarray(np.random.default_rng(0).normal(size=50_000))
+  look_up = lambda state, rows: (state + 1, jax.lax.map(lambda row: data[row], rows))
+  mesh = metajax.task_mesh()
+  state, rows = programs.on_mesh((jnp.zeros(3), jnp.array([7, 1])), mesh)
+  program = programs.compiled(look_up, mesh, state, rows, donate=True)
+  assert program.func.memory_analysis().argument_size_in_bytes >= data.nbytes
+  after, found = program(state, rows)
+  assert state.is_deleted() and (after == 1).all()
+  assert (found == data[jnp.array([7, 1])]).all()
