@@ -1,11 +1,11 @@
-"""Linear combinations of the inner gradients (Section 6.2, Figure 3): which of them learn.
+"""Compares linear combinations of the inner gradients (Section 6.2, Figure 3).
 
   python -m experiments.combinations --data_dir=DIR --seeds=2 --out=DIR
 
-Trains the ten combinations of g_1 ... g_k, k = 1 ... 4, on 5-shot 5-way Omniglot by plain SGD
-inside and out, each run on a device of its own, several at once. A run is one of
-`experiments.few_shot`, in a folder of its own, so that the same command resumes what was
-interrupted. The run folder (--out) gets result.json, figure3.png and figure3.svg.
+Trains with ten combinations of g_1 ... g_k, k = 1 ... 4, on 5-shot 5-way Omniglot, with plain SGD
+in the inner and the outer loop. Runs are independent: each has its own device, and several run at
+once. Each is a run of `experiments.few_shot` in its own folder, so the same command resumes those
+that were interrupted. The run folder (--out) gets result.json, figure3.png and figure3.svg.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from experiments.settings import Settings, option
 
 
 def _fractions(k: int) -> dict[str, tuple[str, list[float]]]:
-  """The mean, the sum and the last of k gradients."""
+  """Labels and weights of the mean, the sum and the last of k gradients."""
   terms = " + ".join(f"g{i}" for i in range(1, k + 1))
   return {
     f"mean{k}": (f"({terms}) / {k}", [1 / k] * k),
@@ -38,8 +38,8 @@ CURVES: dict[str, tuple[str, list[float]]] = {
   **_fractions(4),
 }
 
-Logs = dict[str, list[list[folders.Line]]]  # by curve, of every seed
-Runs = list[tuple[str, Recipe, Path]]  # with label and folder
+Logs = dict[str, list[list[folders.Line]]]  # the logs of every seed, by curve
+Runs = list[tuple[str, Recipe, Path]]  # label, recipe and folder
 
 _DECIDED = (
   "algorithm",
@@ -48,13 +48,13 @@ _DECIDED = (
   "train_shots",
   "tail",
   "tail_shots",
-)  # by the curve
+)  # settings that the curve decides
 FIGURE = replace(PLAIN_SGD, inner_batch=25, eval_every=500)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves(Settings):
-  """Which part of the figure."""
+  """Which curves of the figure to train or draw."""
 
   curves: tuple[str, ...] = option(tuple(CURVES), f"Any of {', '.join(CURVES)}.")
 
@@ -67,10 +67,10 @@ class Curves(Settings):
 def recipes(recipe: Recipe, curves: Curves) -> dict[str, Recipe]:
   """The recipe of every curve.
 
-  Training tasks have as many shots as it takes that no two of the k minibatches overlap.
+  Training tasks have the fewest shots with which no two of the k minibatches overlap.
 
   Raises:
-    ValueError: if a setting is no good.
+    ValueError: if a setting is invalid.
   """
   if "test" not in recipe.curve_splits:
     raise ValueError("--curve_splits must have test, which is what the figure shows")
@@ -97,9 +97,9 @@ def runs_of(recipe: Recipe, curves: Curves, seeds: int, out: Path) -> dict[str, 
 def run(
   recipe: Recipe, by_curve: dict[str, Runs], folder: folders.RunFolder, seeds: int
 ) -> dict[str, Any]:
-  """Trains what is not there yet; returns what it writes to result.json."""
+  """Trains the runs that are not complete, and returns the content of result.json."""
   many = [one for of_seeds in zip(*by_curve.values(), strict=True) for one in of_seeds]
-  many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # a long one begun last ends alone
+  many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # longest first: none ends alone
   results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
   before: dict[str, Any] = folder.result() or {"curves": {}, "seeds": seeds}
   curves = before["curves"] if before["seeds"] == seeds else {}
@@ -127,8 +127,8 @@ def run(
 
 
 def draw(logs: Logs, path: Path) -> None:
-  """Figure 3: accuracy against meta-steps, smoothed, one colour for each k."""
-  seeds = min(map(len, logs.values()))  # of a run under way, those that all curves have
+  """Draws Figure 3: smoothed accuracy against meta-steps, one colour for each k."""
+  seeds = min(map(len, logs.values()))  # if unfinished, those that all curves have
   logs = {name: of_seeds[:seeds] for name, of_seeds in logs.items()}
   first = next(iter(logs.values()))[0][0]["test"]
   cell = next(name for name in first if name.endswith("transductive"))
@@ -154,14 +154,14 @@ def draw(logs: Logs, path: Path) -> None:
 
 
 def _smooth(values: np.ndarray, reach: int = 2) -> np.ndarray:
-  """The mean of a point and `reach` on either side, of fewer toward the ends."""
+  """The mean of each point and up to `reach` on either side, fewer toward the ends."""
   last = len(values) - 1
   reaches = [min(reach, i, last - i) for i in range(len(values))]
   return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reaches)])
 
 
 def program(options: cli.Run, curves: Curves, recipe: Recipe) -> Callable[[], Any]:
-  """Checks what the binary is asked to do, and returns what to run."""
+  """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   by_curve = runs_of(recipe, curves, options.seeds, out)
   if options.plot_only:

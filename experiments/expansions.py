@@ -1,13 +1,18 @@
-"""Section 5 as measurement: leading-order expansions, and Reptile between two solution manifolds.
+"""Measures the expansions of Section 5, and runs Reptile between two curves (Figure 2).
 
   python -m experiments.expansions
 
-In float64, on sine waves and a small network: for k = 2 ... 8 the coefficients of AvgGrad and
-AvgGradInner that fit the expected gradients of MAML, FOMAML and Reptile, beside those that
-Equations 37, 39 and 41 predict; the residual of the prediction against the inner stepsize alpha;
-how far the order MAML > FOMAML > Reptile of their ratios holds as alpha grows. And Figure 2:
-alternating steps toward two curves in the plane, and the least mean squared distance to both. The
-run folder (--out) gets result.json, expansions.png and .svg, figure2.png and .svg.
+The expansions are measured in float64, on sine waves with a small network:
+
+  - for k = 2 ... 8, the coefficients of AvgGrad and AvgGradInner that fit the expected gradients of
+    MAML, FOMAML and Reptile best, and those that Equations 37, 39 and 41 predict;
+  - the residual of the prediction against the inner stepsize alpha;
+  - the largest alpha up to which the ratios of the coefficients are in the order MAML > FOMAML >
+    Reptile.
+
+For Figure 2, Reptile takes alternating steps toward two curves in the plane, and ends near the
+point of least mean squared distance to both. The run folder (--out) gets result.json,
+expansions.png and .svg, figure2.png and .svg.
 """
 
 from collections.abc import Callable
@@ -36,7 +41,7 @@ _MODEL = metajax.models.sine((20, 20, 1))
 _LOSS = metajax.losses.squared_error(_MODEL.apply, reduction="mean")
 ALGORITHMS: dict[
   str, tuple[Callable, Callable]
-] = {  # (alpha -> estimator, (k, alpha) -> predicted)
+] = {  # (alpha -> estimator, (k, alpha) -> predicted coefficients)
   "MAML": (lambda alpha: metajax.maml(_LOSS, optax.sgd(alpha)), theory.maml_coefficients),
   "FOMAML": (lambda alpha: metajax.fomaml(_LOSS, optax.sgd(alpha)), theory.fomaml_coefficients),
   "Reptile": (
@@ -57,7 +62,7 @@ class Measurement(Settings):
 
 
 def problem(key: jax.Array, tasks: int, batch: int) -> tuple[Any, metajax.Examples]:
-  """Parameters, and minibatches `[tasks, 8, batch, 1]` of as many waves."""
+  """Returns parameters, and minibatches `[tasks, 8, batch, 1]`, where each task is a wave."""
   init_key, task_key = jax.random.split(key)
   points = max(KS) * batch
   sample = metajax.data.sine.sample_task(metajax.data.sine.uniform_points(points))
@@ -68,7 +73,7 @@ def problem(key: jax.Array, tasks: int, batch: int) -> tuple[Any, metajax.Exampl
 
 
 def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
-  """Coefficients for every k at a small stepsize; residuals and ratios against the stepsize."""
+  """Measures coefficients for every k at a small stepsize; residuals and ratios against alpha."""
   coefficients: list[dict[str, Any]] = []
   series: list[dict[str, Any]] = []
   for k in KS:
@@ -76,7 +81,7 @@ def expand(params: Any, minibatches: metajax.Examples) -> dict[str, Any]:
     first = jax.tree.map(lambda leaf, k=k: leaf[:, :k], minibatches)
     found = jax.jit(partial(theory.expansion, _LOSS))(params, first)
     for name, (estimator, predicted) in ALGORITHMS.items():
-      # The stepsize is an argument of one compiled program.
+      # The stepsize is an argument, so that one compiled program serves all stepsizes.
       measure = jax.jit(
         lambda alpha, first, estimator=estimator: theory.expected_gradient(
           estimator(alpha), params, first
@@ -122,7 +127,7 @@ def _norm(tree: Any) -> float:
 
 
 def slope(result: dict[str, Any], name: str) -> float:
-  """Of log residual against log alpha, up to 1e-3."""
+  """The slope of log residual against log alpha, up to alpha = 1e-3."""
   rows = [r for r in result["against_alpha"] if r["algorithm"] == name and r["alpha"] <= 1e-3]
   return float(
     np.polyfit(np.log([r["alpha"] for r in rows]), np.log([r["residual"] for r in rows]), 1)[0]
@@ -146,20 +151,22 @@ _CENTRE, _RADIUS = np.array([0.6, 2.6]), 1.3
 
 
 def to_line(phi: jax.Array) -> jax.Array:
-  """The nearest point of the line."""
+  """The point of the line that is nearest to phi."""
   origin, direction = _LINE
   return origin + ((phi - origin) @ direction) * direction
 
 
 def to_circle(phi: jax.Array) -> jax.Array:
-  """The nearest point of the circle."""
+  """The point of the circle that is nearest to phi."""
   outwards = phi - _CENTRE
   return _CENTRE + _RADIUS * outwards / jnp.linalg.norm(outwards)
 
 
 def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
-  """Reptile with perfect inner loops: a step toward the line, one toward the circle, and so on,
-  the outer rate falling linearly to 0."""
+  """Runs Reptile with inner loops that reach the nearest solution.
+
+  Outer steps toward the line and toward the circle alternate. Their rate falls linearly to 0.
+  """
   projections = (to_line, to_circle)
   distances = [theory.half_squared_distance(project) for project in projections]
   mean = lambda phi: sum(distance(phi) for distance in distances) / 2
@@ -169,7 +176,8 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
     _stop_if_asked()
     distance, project = distances[step % 2], projections[step % 2]
     gradient = jax.grad(distance)(phi)
-    # Through the projection as well: it moves along the solutions, at right angles to the step.
+    # Differentiating through the projection as well gives the same gradient: the projection moves
+    # along the solutions, at right angles to the step.
     through = jax.grad(lambda phi, p=project: 0.5 * jnp.sum(jnp.square(phi - p(phi))))(phi)
     displacement = phi - project(phi)
     apart = max(apart, *(float(jnp.abs(g - displacement).max()) for g in (gradient, through)))
@@ -187,7 +195,10 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
 
 
 def _optimum(phi: jax.Array) -> jax.Array:
-  """Where the mean squared distance is least, by Newton's method, through the projections."""
+  """The point of least mean squared distance, by Newton's method.
+
+  Derivatives are taken through the projections.
+  """
   square = lambda phi: sum(jnp.sum(jnp.square(phi - p(phi))) for p in (to_line, to_circle))
   for _ in range(50):
     phi = phi - jnp.linalg.solve(jax.hessian(square)(phi), jax.grad(square)(phi))
@@ -195,7 +206,7 @@ def _optimum(phi: jax.Array) -> jax.Array:
 
 
 def draw_expansions(result: dict[str, Any], path: Path) -> None:
-  """Coefficients against k, the residual against alpha, the ratios against alpha."""
+  """Draws ratios of coefficients against k, and residuals and ratios against alpha."""
   with plots.drawing(path, figsize=(13, 4.0)) as figure:
     of_k, residual, ratio = figure.subplots(1, 3)
     for number, name in enumerate(ALGORITHMS):
@@ -242,7 +253,7 @@ def draw_expansions(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_figure2(result: dict[str, Any], path: Path) -> None:
-  """Figure 2: the path in the plane, and the mean squared distance along it."""
+  """Draws Figure 2: the path in the plane, and the mean squared distance along it."""
   found = result["manifolds"]
   with plots.drawing(path, figsize=(9.5, 4.2)) as figure:
     plane, curve = figure.subplots(1, 2)
@@ -267,7 +278,7 @@ def draw_figure2(result: dict[str, Any], path: Path) -> None:
 
 
 def run(settings: Measurement, folder: folders.RunFolder) -> dict[str, Any]:
-  """Measures and draws; returns what it writes to result.json."""
+  """Measures and draws, and returns the content of result.json."""
   with jax.enable_x64(True):
     key = jax.random.key(settings.seed)
     result = expand(*problem(key, settings.waves, settings.points))
@@ -290,7 +301,7 @@ def draw(result: dict[str, Any], folder: Path) -> None:
 
 
 def report(result: dict[str, Any]) -> None:
-  """Prints the tables."""
+  """Prints the results."""
   print("coefficients of AvgGrad and of -alpha AvgGradInner, predicted and measured")
   for row in result["coefficients"]:
     grad, inner = row["avg_grad"], row["avg_grad_inner_over_alpha"]
@@ -311,7 +322,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def program(options: cli.Run, settings: Measurement) -> Callable[[], Any]:
-  """Checks what the binary is asked to do, and returns what to run."""
+  """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   if options.plot_only:
     return partial(draw, folders.finished(out), out)

@@ -1,6 +1,6 @@
-"""The folder of a run: flags.txt, metrics.jsonl, result.json, and one process at a time.
+"""The folder of a run: its files flags.txt, metrics.jsonl and result.json, and its lock.
 
-Of several processes that share a run, all read and only the first writes.
+Of several processes that share a run, all read the folder, and only the first writes to it.
 """
 
 import errno
@@ -31,16 +31,16 @@ METRICS = "metrics.jsonl"
 
 
 class InUseError(ValueError):
-  """Another process writes in the folder."""
+  """Another process is writing in the folder."""
 
 
 def writes() -> bool:
-  """Whether this process is the one that writes, draws and speaks."""
+  """Whether this process is the one that writes files, draws figures and prints."""
   return jax.process_index() == 0
 
 
 class RunFolder:
-  """What a run leaves behind. It belongs to the settings that it was begun with."""
+  """The files of a run. A folder belongs to the settings with which its run was begun."""
 
   def __init__(
     self, out: str | os.PathLike, settings: dict[str, Any], *, free: Collection[str] = ()
@@ -48,12 +48,12 @@ class RunFolder:
     """Opens the folder, which may hold a run that was begun with the same settings.
 
     Args:
-      out: its path. It need not exist, and nothing is written yet.
+      out: the path of the folder. It need not exist, and nothing is written yet.
       settings: names and values.
       free: names of settings that may differ from those the run was begun with.
 
     Raises:
-      ValueError: if it holds a run with other settings.
+      ValueError: if the folder holds a run with other settings.
     """
     self.path = Path(out).absolute()
     self._flags = self.path / "flags.txt"
@@ -76,7 +76,7 @@ class RunFolder:
       )
 
   def check(self, *conditions: str) -> None:
-    """Compares the folder with what else must not change, such as a checksum of the data.
+    """Checks further conditions that must not change, such as a checksum of the data.
 
     Raises:
       ValueError: if the run was begun under other conditions.
@@ -86,10 +86,10 @@ class RunFolder:
       self._compare(self._before())
 
   def begin(self, *conditions: str) -> None:
-    """Checks the conditions, makes the folder, and writes flags.txt with them as comments.
+    """Checks the conditions, makes the folder, and writes flags.txt with conditions as comments.
 
     Raises:
-      ValueError: if that cannot be done, or the run was begun under other conditions.
+      ValueError: if the folder cannot be written, or the run was begun under other conditions.
     """
     self.check(*conditions)
     if not writes():
@@ -103,20 +103,20 @@ class RunFolder:
       ) from error
 
   def lines(self, name: str = METRICS) -> list[Line]:
-    """The lines of a file."""
+    """The parsed lines of a file of the folder."""
     return read_lines(self.path, name)
 
   def keep(
     self, counts: Callable[[Line], bool] = lambda line: True, name: str = METRICS
   ) -> list[Line]:
-    """Forgets the lines that do not count, and one that is torn; returns the others."""
+    """Deletes the lines that do not count, and an incomplete last line; returns the others."""
     kept = [line for line in self.lines(name) if counts(line)]
     if writes():
       replace_file(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
   def append(self, content: Line, name: str = METRICS) -> None:
-    """Adds a line, whole or not at all."""
+    """Appends a line. If that fails, the file stays as it was."""
     if not writes():
       return
     line = json.dumps(content).encode() + b"\n"
@@ -134,17 +134,17 @@ class RunFolder:
         ) from error
 
   def result(self) -> Line | None:
-    """What `finish` wrote, if it has."""
+    """The content of result.json, or None if the run is not complete."""
     return finished(self.path) if (self.path / "result.json").exists() else None
 
   def finish(self, result: Line) -> None:
-    """Writes result.json: the run is complete."""
+    """Writes result.json, which marks the run as complete."""
     if writes():
       write_json(self.path / "result.json", result)
 
 
 def read_lines(folder: Path, name: str = METRICS) -> list[Line]:
-  """The lines of a run's file; one that was cut off by a power failure is left out."""
+  """The parsed lines of a run's file, without an incomplete one that a power failure cut off."""
   path = folder / name
   if not path.exists():
     return []
@@ -172,10 +172,10 @@ def _parsed(path: Path, text: str) -> Line:
 
 
 def logged(out: str | os.PathLike) -> list[Line]:
-  """What a run has left to draw.
+  """The lines of a run's metrics.jsonl, to draw.
 
   Raises:
-    ValueError: if there is nothing.
+    ValueError: if there are none.
   """
   found = read_lines(Path(out))
   if not found:
@@ -184,13 +184,13 @@ def logged(out: str | os.PathLike) -> list[Line]:
 
 
 def logs_of_seeds(out: str | os.PathLike) -> list[list[Line]]:
-  """What the run of each seed in a folder has left to draw, if there are any."""
+  """The lines of metrics.jsonl of each seed's run in a folder; runs without lines are left out."""
   logs = [read_lines(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
   return [lines for lines in logs if lines]
 
 
 def replace_file(path: Path, text: str) -> None:
-  """Writes a file whole, or leaves the one before as it was."""
+  """Replaces a file atomically: if writing fails, the old file is unchanged."""
   beside = path.with_name(path.name + ".partial")
   with beside.open("w") as file:
     file.write(text)
@@ -204,7 +204,7 @@ def write_json(path: Path, content: Line) -> None:
 
 
 def describe(splits: metajax.data.Splits) -> str:
-  """One line that tells data sets apart: classes, examples and a checksum of each split."""
+  """Identifies a data set in one line: classes, examples and a checksum of each split."""
   parts = []
   for name, classes in splits._asdict().items():
     if classes is not None:
@@ -215,12 +215,12 @@ def describe(splits: metajax.data.Splits) -> str:
 
 
 def path_of(name: str, out: str | None) -> Path:
-  """The folder that --out names, or a new one."""
+  """The folder that --out names, or a new one under runs/."""
   return Path(out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")).expanduser()
 
 
 def locked(out: str | os.PathLike, action: Callable[[], Any]) -> Callable[[], Any]:
-  """Does the action while no other process writes in the folder, which exists."""
+  """Returns a function that does the action under the folder's lock; the folder must exist."""
 
   def run() -> Any:
     with alone(out):
@@ -231,11 +231,13 @@ def locked(out: str | os.PathLike, action: Callable[[], Any]) -> Callable[[], An
 
 @contextmanager
 def alone(out: str | os.PathLike) -> Iterator[None]:
-  """While one process writes in a folder, no other may, where the file system has such locks (NFS
-  has not). A killed process leaves no lock behind.
+  """Locks a folder, so that only one process at a time writes in it.
+
+  On file systems without such locks (NFS has none), nothing is locked. A killed process leaves no
+  lock behind.
 
   Raises:
-    InUseError: if another process does.
+    InUseError: if another process holds the lock.
   """
   if fcntl is None or not writes():
     yield
@@ -256,7 +258,7 @@ def alone(out: str | os.PathLike) -> Iterator[None]:
 
 
 def set_aside(path: Path) -> Path:
-  """Renames a folder to the first free of NAME.old1, NAME.old2 ..., and returns that.
+  """Renames a folder to the first free of NAME.old1, NAME.old2 ..., and returns the new path.
 
   Raises:
     InUseError: if another process writes in it.
@@ -270,7 +272,7 @@ def set_aside(path: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-  """What a result depends on besides its flags."""
+  """Package versions and device, on which a result depends besides its flags."""
   packages = ("metajax", "jax", "jaxlib", "flax", "optax", "numpy")
   found = {package: importlib.metadata.version(package) for package in packages}
   return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}

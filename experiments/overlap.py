@@ -1,13 +1,13 @@
-"""Does the last minibatch overlap the ones before? (Section 6.3, Figure 4)
+"""Effect of an overlap of the last minibatch with earlier ones (Section 6.3, Figure 4).
 
   python -m experiments.overlap --data_dir=DIR --meta_steps=5000 --out=DIR
 
-First-order MAML with a separate and with a shared tail, and Reptile, on 5-shot 5-way Omniglot by
-plain SGD, tasks of 100 training examples: final accuracy (a) against the number of inner
-iterations, (b) against the inner batch, (c) of shared-tail FOMAML on full batches against the outer
-step. A point is a run of `experiments.few_shot`, on a device of its own, in a folder of its own, so
-that the same command resumes what was interrupted. The run folder (--out)
-gets result.json, figure4.png and figure4.svg.
+Trains first-order MAML (FOMAML), with a separate and with a shared tail, and Reptile on 5-shot
+5-way Omniglot, with plain SGD and tasks of 100 training examples. The panels show the final
+accuracy (a) against the number of inner iterations, (b) against the inner batch size, and (c)
+against the outer step, for FOMAML with a shared tail and full batches. Each point is a run of
+`experiments.few_shot` on its own device and in its own folder, so the same command resumes runs
+that were interrupted. The run folder (--out) gets result.json, figure4.png and figure4.svg.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,11 +28,11 @@ CURVES: dict[str, dict[str, Any]] = {
   "FOMAML (shared tail, replacement)": {"tail": "shared", "minibatches": "replacement"},
   "FOMAML (shared tail, cycling)": {"tail": "shared", "minibatches": "cycling"},
 }
-ITERATIONS, BATCH = 4, 25  # where they are not varied
+ITERATIONS, BATCH = 4, 25  # the values where they are not varied
 PANELS = {
   "a": ("inner_steps", (2, 3, 4, 5, 7, 10, 15)),
   "b": ("inner_batch", (10, 25, 50, 100)),
-  "c": ("outer_rate", tuple(2.0**e for e in (-7.5, -5, -2, 5))),  # that of (a) and (b) is 2^-2
+  "c": ("outer_rate", tuple(2.0**e for e in (-7.5, -5, -2, 5))),  # (a) and (b) have 2^-2
 }
 _LABELS = {
   "inner_steps": "inner iterations",
@@ -47,7 +47,7 @@ _DECIDED = (
   "inner_batch",
   "tail",
   "minibatches",
-)  # by the point
+)  # settings that the point decides
 FIGURE = replace(
   PLAIN_SGD,
   inner_batch=BATCH,
@@ -62,7 +62,7 @@ FIGURE = replace(
 
 @dataclass(frozen=True, kw_only=True)
 class Panels(Settings):
-  """Which part of the figure."""
+  """Which panels of the figure to train or draw."""
 
   panels: tuple[str, ...] = option(tuple(PANELS), f"Any of {', '.join(PANELS)}.")
 
@@ -75,7 +75,7 @@ class Panels(Settings):
 
 
 class Point(NamedTuple):
-  """A place in the figure, and the runs that decide how high it is."""
+  """A point of the figure, and the runs whose accuracy it shows."""
 
   panel: str
   curve: str
@@ -87,7 +87,7 @@ def points(recipe: Recipe, panels: Panels, seeds: int, out: Path) -> list[Point]
   """All points of the chosen panels; two panels may share a run.
 
   Raises:
-    ValueError: if a flag is no good.
+    ValueError: if a flag is invalid.
   """
   examples, largest = recipe.ways * recipe.train_shots, max(PANELS["b"][1])
   if "b" in panels.panels and examples < largest:
@@ -110,14 +110,14 @@ def points(recipe: Recipe, panels: Panels, seeds: int, out: Path) -> list[Point]
 
 
 def recipe_of(recipe: Recipe, curve: str, where: dict[str, Any]) -> Recipe:
-  """The recipe of a point of a curve; `where` has its inner steps, inner batch and outer rate."""
+  """The recipe of a point of a curve; `where` holds its inner steps, inner batch and outer rate."""
   k = where["inner_steps"]
   weights = [1.0] * k if curve.startswith("Reptile") else [0.0] * (k - 1) + [1.0]
   return replace(recipe, weights=tuple(weights), **CURVES[curve], **where)
 
 
 def _label(curve: str, recipe: Recipe) -> str:
-  """The point's name, which its folder has too."""
+  """The name of the point, and of its folder."""
   step = f"{np.log2(recipe.outer_rate):g}"
   label = f"{curve}, {recipe.inner_steps} x {recipe.inner_batch}, step 2^{step}"
   for old, new in ((" ", "_"), ("(", ""), (")", ""), (",", ""), ("^", "")):
@@ -128,7 +128,7 @@ def _label(curve: str, recipe: Recipe) -> str:
 def run(
   recipe: Recipe, panels: Panels, found: list[Point], folder: folders.RunFolder, seeds: int
 ) -> dict[str, Any]:
-  """Trains what is not there yet; returns what it writes to result.json."""
+  """Trains the runs that are not complete, and returns the content of result.json."""
   many = {one[2]: one for point in found for one in point.runs}
   results = dict(zip(many, runs.run_all(list(many.values()), diverging_guesses=True), strict=True))
   before = folder.result() or {"points": [], "seeds": seeds}
@@ -162,7 +162,7 @@ def run(
 
 
 def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float], list[dict[str, Any]]]]:
-  """Panel, curve, and along it x and the cell."""
+  """Yields the curves: panel, name, and along the curve x and the cells."""
   points = result["points"]
   for panel, curve in dict.fromkeys((point["panel"], point["curve"]) for point in points):
     line = [point for point in points if (point["panel"], point["curve"]) == (panel, curve)]
@@ -170,7 +170,7 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float], list
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-  """Figure 4: a panel each for what is varied."""
+  """Draws Figure 4, with one panel for each setting that is varied."""
   panels = list(dict.fromkeys(point["panel"] for point in result["points"]))
   with plots.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
     all_axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
@@ -198,7 +198,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def program(options: cli.Run, panels: Panels, recipe: Recipe) -> Callable[[], Any]:
-  """Checks what the binary is asked to do, and returns what to run."""
+  """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   found = points(recipe, panels, options.seeds, out)
   if options.plot_only:

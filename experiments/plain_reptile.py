@@ -1,4 +1,4 @@
-"""Reptile (Algorithm 1) on sine waves (Section 4) in plain JAX, without metajax, for reading.
+"""Reptile (Algorithm 1) on sine waves (Section 4) in plain JAX without metajax, to be read.
 
 python -m experiments.plain_reptile
 """
@@ -16,7 +16,7 @@ def init(key):
   uniform = lambda key, *shape: jax.random.uniform(key, shape, minval=-1, maxval=1)
   keys = jax.random.split(key, 3)
   first, second, third = uniform(keys[0], 2, 64), uniform(keys[1], 65, 64), uniform(keys[2], 65, 1)
-  return [first, second / 8, third / 8]  # bounds 1 / sqrt(inputs); the last rows are the biases
+  return [first, second / 8, third / 8]  # uniform in +-1 / sqrt(inputs); last rows are biases
 
 
 def predict(params, x):
@@ -30,7 +30,7 @@ def loss(params, x, y):
 
 
 def sample_wave(key):
-  """The task: a wave a sin(x + b), as a function of x."""
+  """Draws a task: a wave a sin(x + b), as a function of x."""
   amplitude_key, phase_key = jax.random.split(key)
   amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
   phase = jax.random.uniform(phase_key, maxval=2 * jnp.pi)
@@ -43,7 +43,7 @@ def inner_step(params, x, y):
 
 
 def meta_step(iteration, params, key):
-  """Adapts to one wave by a pass over its points, and moves towards the adapted parameters."""
+  """Adapts to one wave in one pass over its points, and moves towards the adapted parameters."""
   wave_key, shuffle_key = jax.random.split(jax.random.fold_in(key, iteration))
   wave = sample_wave(wave_key)
   adapted = params

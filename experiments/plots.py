@@ -1,4 +1,4 @@
-"""Results as numbers and pictures."""
+"""Summaries and plots of results."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-matplotlib.use("Agg")  # before pyplot: a binary has no screen
+matplotlib.use("Agg")  # before importing pyplot; no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,11 +17,11 @@ import metajax
 from experiments.folders import Line, writes
 
 SPLITS = ("train", "validation", "test")
-_DRAWING = threading.Lock()  # pyplot is one for all threads
+_DRAWING = threading.Lock()  # pyplot's state is shared by all threads
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> Line:
-  """`{cell: {"accuracy", "interval95"}}`, as fractions."""
+  """Means and 95 % intervals of cells: `{cell: {"accuracy", "interval95"}}`, as fractions."""
   cells = {}
   for name, column in values.items():
     mean, interval = metajax.mean_and_interval(column)
@@ -30,8 +30,11 @@ def with_intervals(values: dict[str, np.ndarray]) -> Line:
 
 
 def cells_over_seeds(results: Sequence[Line]) -> Line:
-  """The cells of one run; of several their mean, the deviation between the runs, and the mean of
-  the intervals within them."""
+  """The cells of one run, or a summary of several.
+
+  The summary has the mean over the runs, the standard deviation between them, and the mean of the
+  intervals within a run.
+  """
   if len(results) == 1:
     return results[0]["cells"]
   cells = {}
@@ -48,7 +51,7 @@ def cells_over_seeds(results: Sequence[Line]) -> Line:
 
 
 def percent(cell: Line) -> str:
-  """The two kinds of uncertainty are named."""
+  """A cell as text, in percent. Over several seeds, both kinds of uncertainty are named."""
   mean = f"{100 * cell['accuracy']:.2f}"
   if "seeds" in cell:
     between, within = cell["deviation_between_seeds"], cell["interval95_within_a_run"]
@@ -69,8 +72,11 @@ def learning_curve_summary(record: Line) -> str:
 
 
 def learning_curve_score(line: Line) -> float | None:
-  """What the best checkpoint is chosen by: the mean of the cells on validation tasks, or without
-  them on training tasks. To choose by test tasks would make their accuracy too high."""
+  """The score by which the best checkpoint is chosen.
+
+  It is the mean of the cells on validation tasks or, if there are none, on training tasks. Choosing
+  by test tasks would bias the reported accuracy upwards.
+  """
   cells = line.get("validation") or line.get("train")
   if cells is None:
     return None
@@ -78,7 +84,7 @@ def learning_curve_score(line: Line) -> float | None:
 
 
 class Curve(NamedTuple):
-  """Accuracy in percent against meta-steps, with half the height of a band."""
+  """Accuracy in percent against meta-steps; `band` is half the height of the band around it."""
 
   steps: np.ndarray
   mean: np.ndarray
@@ -86,8 +92,9 @@ class Curve(NamedTuple):
 
 
 def curve(runs: Sequence[list[Line]], split: str, name: str) -> Curve:
-  """One cell over time; the band is the 95 % interval over tasks of one run, or the standard
-  deviation between several.
+  """The accuracy of one cell against meta-steps.
+
+  The band is the 95 % interval over tasks of one run, or the standard deviation between several.
 
   Raises:
     ValueError: if the runs have no such cell.
@@ -112,7 +119,7 @@ def band_title(num_runs: int) -> str:
 
 
 def draw_learning_curve(runs: Sequence[list[Line]], path: Path) -> None:
-  """Draws accuracy against meta-steps, of one run or of the mean over seeds, for every cell."""
+  """Draws accuracy against meta-steps for every cell, of one run or as the mean over seeds."""
   with drawing(path, figsize=(6.4, 4.0)) as figure:
     axes = figure.subplots()
     for split, style in (("test", "-"), ("validation", "-."), ("train", "--")):
@@ -130,7 +137,7 @@ def draw_learning_curve(runs: Sequence[list[Line]], path: Path) -> None:
 
 @contextmanager
 def drawing(path: Path, **options: Any) -> Iterator[plt.Figure]:
-  """A figure, saved as PNG beside `path`'s stem, and as SVG if `path` has no suffix."""
+  """Yields a figure, then saves it to `path`, or as both PNG and SVG if `path` has no suffix."""
   with _DRAWING:
     figure = plt.figure(layout="constrained", **options)
     try:

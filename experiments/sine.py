@@ -2,11 +2,11 @@
 
   python -m experiments.sine
 
-Meta-trains by Reptile, first-order MAML, MAML and joint training, one wave an iteration, and judges
-each, and a random initialization, on the same new waves: the mean squared error on 50 equally
-spaced points after 0 to 32 gradient steps on the ten. The run folder (--out) gets result.json,
-figure1.png and figure1.svg, and a folder for each method's training, which goes on where it
-stopped.
+Meta-trains by Reptile, first-order MAML, MAML and joint training, with one wave in each iteration.
+The results and a random initialization are then judged on the same new waves, by the mean squared
+error on 50 equally spaced points after 0 to 32 gradient steps on ten points. The run folder (--out)
+gets result.json, figure1.png and figure1.svg, and a folder for the training of each method, in
+which the same command resumes an interrupted run.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from experiments import cli, folders, jobs, plots
 from experiments.settings import Settings, option, values_of
 
 GRADIENT_STEPS = 32
-_INNER_RATE = 0.02  # of the authors' script, as the 10 points of a minibatch and the outer step 0.1
+_INNER_RATE = 0.02  # from the authors' script, like minibatches of 10 and the outer step 0.1
 _POINTS, _GRID = 10, 50
 _CURVE_TASKS = 100
 _CONDITION = "sine waves, drawn from the seed"
@@ -54,9 +54,11 @@ class Method(NamedTuple):
 
 
 def methods() -> dict[str, Method]:
-  """The paper's Reptile (minibatches of the whole grid) and, with Adam outside, MAML and FOMAML.
+  """The four training methods, by name.
 
-  The latter adapt by 5 steps on 10 random points; their last loss is that on the grid.
+  Reptile is the paper's, with minibatches from the whole grid. MAML and FOMAML adapt by 5 steps on
+  10 random points, take the loss on the grid as their last loss, and use Adam in the outer loop.
+  Joint training is Reptile with a single minibatch.
   """
   sine = metajax.data.sine
   grid = sine.sample_task(sine.grid_points(_GRID))
@@ -73,7 +75,7 @@ def methods() -> dict[str, Method]:
 
 
 def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
-  """The parameters after 32 steps on the task's points, and the loss on its grid, `[33]`."""
+  """Returns the parameters after 32 steps, and the test losses after 0 to 32 steps, `[33]`."""
 
   def body(
     learner: metajax.LearnerState, _: None
@@ -88,7 +90,7 @@ def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
 
 
 def judge(params: Any, key: jax.Array, num_tasks: int) -> dict[str, list[float]]:
-  """Mean loss with its 95 % interval after each number of steps, over new waves."""
+  """The mean loss over new waves after each number of steps, with its 95 % interval."""
   sample = metajax.data.sine.sample_task()
   keys = jax.random.split(key, num_tasks)
   losses = _LOSSES(params, jax.vmap(sample)(keys))
@@ -103,7 +105,7 @@ _LOSSES = jax.jit(jax.vmap(lambda params, task: adapt(params, task)[1], in_axes=
 
 
 class Keys(NamedTuple):
-  """All that is random in a run."""
+  """The random keys of a run."""
 
   init: jax.Array
   train: jax.Array
@@ -117,7 +119,7 @@ def keys_of(seed: int) -> Keys:
 
 
 def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
-  """What result.json says of an initialization: its losses, and its lines in Figure 1."""
+  """The entry of an initialization in result.json: its losses, and its lines in Figure 1."""
   wave = metajax.data.sine.sample_task()(keys.figure)
   adapted, losses = jax.jit(adapt)(params, wave)
   line = lambda params: np.asarray(MODEL.apply(params, wave.test.inputs)[:, 0])
@@ -133,7 +135,7 @@ def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
 
 
 def train(name: str, waves: Waves, out: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Trains one method of `methods()`, its outer step falling linearly to 0, and judges it."""
+  """Trains one of `methods()`, with an outer step that falls linearly to 0, and judges it."""
   folder = folders.RunFolder(out / name, values_of(waves, Waves))
   folder.begin(_CONDITION)
   complete = folder.result()
@@ -168,7 +170,7 @@ def train(name: str, waves: Waves, out: Path, mesh: jax.sharding.Mesh) -> dict[s
 
 
 def run(waves: Waves, seeds: int, folder: folders.RunFolder) -> dict[str, Any]:
-  """Trains and judges all methods, of every seed; returns what it writes to result.json."""
+  """Trains and judges all methods for every seed, and returns the content of result.json."""
   numbers = range(waves.seed, waves.seed + seeds)
   inside = lambda seed: folder.path / f"seed{seed}" if seeds > 1 else folder.path
   trained = iter(
@@ -208,7 +210,7 @@ def run(waves: Waves, seeds: int, folder: folders.RunFolder) -> dict[str, Any]:
 
 
 def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
-  """Of one method: the mean over the seeds; lines of Figure 1 are the first seed's."""
+  """Combines one method's results over seeds; the lines of Figure 1 are the first seed's."""
   if len(found) == 1:
     return found[0]
   column = lambda name: np.array([one[name] for one in found])
@@ -219,7 +221,7 @@ def _over_seeds(found: list[dict[str, Any]]) -> dict[str, Any]:
     "largest_prediction_before": float(column("largest_prediction_before").max()),
     "seeds": len(found),
   }
-  if "train_seconds" in found[0]:  # not of the random initialization
+  if "train_seconds" in found[0]:  # the random initialization has none
     over["train_seconds"] = round(float(column("train_seconds").mean()), 3)
   return found[0] | over
 
@@ -246,7 +248,7 @@ def report(result: dict[str, Any]) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-  """Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
+  """Draws Figure 1: one wave, fitted from a random initialization, MAML's and Reptile's."""
   shared = result["figure1"]
   titles = {"random": "random initialization", "maml": "MAML", "reptile": "Reptile"}
   with plots.drawing(path, figsize=(11, 3.8)) as figure:
@@ -268,7 +270,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def program(options: cli.Run, waves: Waves) -> Callable[[], Any]:
-  """Checks what the binary is asked to do, and returns what to run."""
+  """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   if options.plot_only:
     return partial(draw, folders.finished(out), out / "figure1")

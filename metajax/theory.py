@@ -1,8 +1,9 @@
 """The analysis of Section 5: expansions of meta-gradients to first order in the inner stepsize, and
 Reptile as descent on the distance to the solutions of the tasks.
 
-For SGD of rate alpha on minibatches in random order, every estimator here has the expectation
-`a AvgGrad - b AvgGradInner + O(alpha^2)`; the coefficients differ (Equations 37, 39 and 41).
+For inner SGD with stepsize alpha on minibatches in random order, MAML, FOMAML and Reptile all have
+the expectation `a AvgGrad - b AvgGradInner + O(alpha^2)`. They differ in the coefficients a and b
+(Equations 37, 39 and 41).
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from metajax.types import Episode, Examples, LossFn, Params
 
 
 class Expansion(NamedTuple):
-  """The two directions of Section 5.1, each like the parameters.
+  """The two directions of Section 5.1, each a tree like the parameters.
 
   Attributes:
     avg_grad: E[L'], the gradient of the expected loss.
     avg_grad_inner: E[L_i'' L_j'] over two minibatches of a task, half the gradient of the inner
-      product of their gradients. Every estimator has it with a minus, so that descent raises that
-      product: a step on one minibatch then helps on another.
+      product of their gradients. It has a minus sign in every estimator, so descent increases the
+      inner product, and a step on one minibatch then also lowers the loss of the other.
   """
 
   avg_grad: Params
@@ -32,42 +33,42 @@ class Expansion(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-  """Of `avg_grad` and of minus `avg_grad_inner`."""
+  """The coefficients a and b of `a AvgGrad - b AvgGradInner`."""
 
   avg_grad: float
   avg_grad_inner: float
 
   @property
   def ratio(self) -> float:
-    """The weight of the second term relative to the first."""
+    """b / a, the weight of the second term relative to the first."""
     return self.avg_grad_inner / self.avg_grad
 
 
 def maml_coefficients(k: int, alpha: float) -> Coefficients:
-  """1 and 2 (k - 1) alpha (Equation 37)."""
+  """MAML: a = 1 and b = 2 (k - 1) alpha (Equation 37)."""
   return Coefficients(1.0, 2 * (k - 1) * alpha)
 
 
 def fomaml_coefficients(k: int, alpha: float) -> Coefficients:
-  """1 and (k - 1) alpha (Equation 39)."""
+  """First-order MAML: a = 1 and b = (k - 1) alpha (Equation 39)."""
   return Coefficients(1.0, (k - 1) * alpha)
 
 
 def reptile_coefficients(k: int, alpha: float) -> Coefficients:
-  """k and k (k - 1) alpha / 2 (Equation 41), of g_1 + ... + g_k."""
+  """Reptile, g_1 + ... + g_k: a = k and b = k (k - 1) alpha / 2 (Equation 41)."""
   return Coefficients(float(k), k * (k - 1) / 2 * alpha)
 
 
 def expansion(loss_fn: LossFn, params: Params, minibatches: Examples) -> Expansion:
-  """Computes both directions at phi exactly, for the given tasks and all orders of minibatches.
+  """Computes both directions at phi, exactly, over the given tasks and all minibatch orders.
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
     params: phi.
-    minibatches: `[T, k, b, ...]`, k >= 2.
+    minibatches: `[T, k, b, ...]`, for T tasks k >= 2 minibatches of b examples.
 
   Raises:
-    ValueError: if k is 1, which leaves no pair.
+    ValueError: if k is 1, so that there is no pair of minibatches.
   """
   k = _num_minibatches(minibatches)
   if k < 2:
@@ -92,16 +93,16 @@ def expansion(loss_fn: LossFn, params: Params, minibatches: Examples) -> Expansi
 
 
 def expected_gradient(meta_gradient: MetaGradient, params: Params, minibatches: Examples) -> Params:
-  """The mean of an estimator over tasks and over orders of their minibatches.
+  """Averages an estimator over tasks and over orders of their minibatches.
 
-  The 2 k orders are all rotations, forwards and backwards. Among them every minibatch comes last
-  equally often, and of any two either one first: to first order in the stepsize, that is the
-  expectation over all k! orders.
+  The average is over 2 k orders: all rotations, forwards and backwards. Every minibatch comes last
+  in equally many of them, and of any two minibatches, each comes before the other in half of them.
+  To first order in the stepsize, this average equals the expectation over all k! orders.
 
   Args:
-    meta_gradient: an estimator for one task.
+    meta_gradient: the estimator, for one task.
     params: phi.
-    minibatches: `[T, k, b, ...]`.
+    minibatches: `[T, k, b, ...]`, for T tasks k minibatches of b examples.
   """
   k = _num_minibatches(minibatches)
   forwards = (np.arange(k) + np.arange(k)[:, None]) % k
@@ -120,7 +121,7 @@ def expected_gradient(meta_gradient: MetaGradient, params: Params, minibatches: 
 
 
 def predict(found: Expansion, coefficients: Coefficients) -> Params:
-  """`a AvgGrad - b AvgGradInner`."""
+  """Computes `a AvgGrad - b AvgGradInner`."""
   return jax.tree.map(
     lambda g, h: coefficients.avg_grad * g - coefficients.avg_grad_inner * h,
     found.avg_grad,
@@ -129,7 +130,7 @@ def predict(found: Expansion, coefficients: Coefficients) -> Params:
 
 
 def fit(gradient: Params, found: Expansion) -> Coefficients:
-  """Fits the coefficients to a gradient by least squares."""
+  """Fits the coefficients a and b to a gradient by least squares."""
   flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
   directions = np.stack([flat(found.avg_grad), -flat(found.avg_grad_inner)], axis=1)
   a, b = np.linalg.lstsq(directions, flat(gradient), rcond=None)[0]
@@ -137,15 +138,15 @@ def fit(gradient: Params, found: Expansion) -> Coefficients:
 
 
 def half_squared_distance(project: Callable[[Params], Params]) -> Callable[[Params], jax.Array]:
-  """phi -> D(phi, W)^2 / 2, with W the solutions of a task (Section 5.2).
+  """Returns phi -> D(phi, W)^2 / 2, where W is the set of solutions of a task (Section 5.2).
 
-  Its gradient is phi - P(phi) (Equations 44 to 46), so that descent on its mean over tasks is
-  Reptile with an inner loop that goes all the way to the nearest solution (Equation 47). For first
-  derivatives only: how the nearest solution moves is left out, since to first order it moves along
-  W, at right angles to the displacement.
+  Its gradient is phi - P(phi) (Equations 44 to 46). Descent on its mean over tasks is therefore
+  Reptile with an inner loop that reaches the nearest solution P(phi) (Equation 47). Only first
+  derivatives are correct: P(phi) is treated as a constant, since to first order it moves along W,
+  at right angles to phi - P(phi).
 
   Args:
-    project: P, phi to the nearest point of W.
+    project: P, from phi to the nearest point of W.
   """
 
   def half_square(params: Params) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Sources of tasks: functions from a key to a `Task`, drawn on the device."""
+"""Data sets, and task samplers: functions `key -> Task` that run on the device."""
 
 from metajax.data import few_shot, glyphs, mini_imagenet, omniglot, sine
 from metajax.data.few_shot import Classes, Splits

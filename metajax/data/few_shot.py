@@ -1,4 +1,4 @@
-"""N-way K-shot tasks from classes of examples, drawn on the device (Section 6.1)."""
+"""Samples N-way K-shot tasks from classes of examples, on the device (Section 6.1)."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ class Classes(NamedTuple):
   """Examples sorted by class. Classes may differ in size.
 
   Attributes:
-    inputs: `[m, ...]`, all examples, class after class, in their storage type.
-    starts: int32 `[c]`, the row of each class's first example.
-    sizes: int32 `[c]`, the number of its examples.
+    inputs: `[m, ...]`, all examples, grouped by class, in their storage dtype.
+    starts: int32 `[c]`, the row of the first example of each class.
+    sizes: int32 `[c]`, the number of examples of each class.
   """
 
   inputs: jax.Array
@@ -25,7 +25,13 @@ class Classes(NamedTuple):
 
 
 class Splits(NamedTuple):
-  """Disjoint classes: to meta-train on, to choose settings with (if there are any), to report."""
+  """Disjoint sets of classes.
+
+  Attributes:
+    train: for meta-training.
+    validation: for choosing settings; None if the data set has none.
+    test: for the reported results.
+  """
 
   train: Classes
   validation: Classes | None
@@ -33,15 +39,15 @@ class Splits(NamedTuple):
 
 
 def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
-  """Classes from arrays in memory: a user's own data.
+  """Makes classes from a user's own arrays in memory.
 
   Args:
     inputs: `[m, ...]`.
-    labels: integers `[m]`, any values; every distinct one is a class, in increasing order.
+    labels: integers `[m]`, any values; each distinct value is a class, in increasing order.
 
   Raises:
-    ValueError: if lengths differ, there is no example, the labels are not integers, or the inputs
-      are not all finite numbers that fit JAX's types (float32, int32).
+    ValueError: if the lengths differ, there is no example, the labels are not integers, or the
+      inputs are not all finite numbers that fit JAX's dtypes (float32, int32).
   """
   inputs, labels = np.asarray(inputs), np.asarray(labels)
   if labels.ndim != 1 or inputs.shape[:1] != labels.shape or not len(labels):
@@ -75,23 +81,23 @@ def _stored(inputs: np.ndarray) -> np.ndarray:
 
 
 def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: int) -> SampleTask:
-  """Draws `ways` classes, and `train_shots + test_shots` different examples of each.
+  """Makes a sampler of tasks: `ways` classes, `train_shots + test_shots` distinct examples of each.
 
   Args:
-    classes: the classes to draw from. The returned function closes over their arrays, which jit
-      makes constants of the program. If they are large, pass `inputs` to your program as an
+    classes: the classes to draw from. The sampler closes over their arrays, so jit compiles them
+      into the program as constants. If they are large, pass `inputs` to the jitted function as an
       argument, and give `classes._replace(inputs=inputs)` here.
-    ways: classes in a task; their labels are 0 ... ways - 1.
-    train_shots: examples of each class to adapt on.
-    test_shots: examples of each class to be judged on.
+    ways: the number of classes in a task; their labels are 0 ... ways - 1.
+    train_shots: the number of training examples of each class.
+    test_shots: the number of test examples of each class.
 
   Returns:
     `key -> Task` with `[ways * train_shots, ...]` train and `[ways * test_shots, ...]` test
-    examples, sorted by class; targets int32. It consumes the key.
+    examples, sorted by class; targets are int32. It consumes the key.
 
   Raises:
-    ValueError: if there are fewer classes than ways, a class has too few examples or rows that are
-      not there, or a number is below 1 (`test_shots` may be 0).
+    ValueError: if there are fewer classes than ways, a class has too few examples or rows outside
+      the inputs, or a number is below 1 (`test_shots` may be 0).
   """
   if ways < 1 or train_shots < 1 or test_shots < 0:
     raise ValueError(
@@ -116,7 +122,8 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   def sample(key: PRNGKey) -> Task:
     class_key, example_key = jax.random.split(key)
     chosen = jax.random.permutation(class_key, num_classes)[:ways]
-    # The largest of random scores are a draw without replacement; rows a class lacks never win.
+    # Taking the largest of random scores draws without replacement. Columns beyond the size of a
+    # class score -1 and are never drawn.
     scores = jax.random.uniform(example_key, (ways, largest))
     scores = jnp.where(jnp.arange(largest) < classes.sizes[chosen][:, None], scores, -1.0)
     rows = classes.starts[chosen][:, None] + jax.lax.top_k(scores, shots)[1]

@@ -1,4 +1,4 @@
-"""Reading other people's files: nothing is unpacked to disk, and what is wrong is said clearly."""
+"""Reads archives and image folders without unpacking to disk, and reports damaged data clearly."""
 
 import gzip
 import hashlib
@@ -17,11 +17,12 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-# Far above any image of a few-shot data set, far below what a decompression bomb would cost.
+# The largest size of a file: far above any few-shot image, far below a decompression bomb.
 _MAX_FILE_BYTES = 16 * 2**20
-# Images are compressed already: the true archives unpack to less than twice their size.
+# The largest ratio of unpacked to packed size. Images are already compressed, so the real archives
+# unpack to less than twice their size.
 _MAX_RATIO = 100
-_MAX_NAME = 255  # characters: what file systems allow
+_MAX_NAME = 255  # characters, the limit of file systems
 _DAMAGE = (
   EOFError,
   OSError,
@@ -36,18 +37,18 @@ _DAMAGE = (
 
 
 class DataError(ValueError):
-  """Something is wrong with the data: one line that says what, where, and what to do about it."""
+  """Unusable data. The message is one line: what is wrong, where, and what to do about it."""
 
 
 def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
-  """Where prepared data is kept: the argument, `$METAJAX_CACHE`, or `~/.cache/metajax`."""
+  """The folder of prepared data: `cache_dir`, else `$METAJAX_CACHE`, else `~/.cache/metajax`."""
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   chosen = cache_dir or os.environ.get("METAJAX_CACHE") or Path(base) / "metajax"
   return Path(chosen).expanduser().absolute()
 
 
 def existing_directory(data_dir: str | os.PathLike) -> Path:
-  """The folder `data_dir`, or a `DataError` if there is none."""
+  """Returns the folder `data_dir`; raises `DataError` if it is not a folder."""
   folder = Path(data_dir).expanduser()
   if not folder.is_dir():
     raise DataError(f"{folder} is not a folder: give the folder that holds the data")
@@ -55,19 +56,22 @@ def existing_directory(data_dir: str | os.PathLike) -> Path:
 
 
 def unwritable(folder: Path, error: OSError) -> DataError:
-  """What to raise when prepared data cannot be kept."""
+  """The error to raise when the cache cannot be written."""
   return DataError(
     f"the cache {folder} cannot be written ({error.strerror}): give another cache_dir"
   )
 
 
 def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
-  """A short name for files in a folder as they are: it changes when one is replaced or moved."""
+  """A hash of names, sizes and modification times of files, as 16 hexadecimal digits.
+
+  It changes when a file is replaced or moved.
+  """
   digest = hashlib.sha256()
   for path in sorted(paths):
     try:
       status = path.stat()
-    except OSError as error:  # say, of a link that leads nowhere
+    except OSError as error:  # for example, a broken link
       raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
     name = path.relative_to(folder).as_posix()
     digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
@@ -75,18 +79,18 @@ def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
 
 
 def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
-  """Every file of a zip or tar archive whose name ends in one of the suffixes, in archive order.
+  """Yields the files of a zip or tar archive that have one of the suffixes, in archive order.
 
   Args:
     path: a `.zip`, a `.tar`, or a `.tar.gz`.
-    suffixes: lower case, such as `(".png",)`; hidden files are passed over.
+    suffixes: lower case, such as `(".png",)`; hidden files are skipped.
 
   Yields:
-    The name inside the archive and the content. The archive's checksums are verified on the way.
+    The name inside the archive and the content. Reading verifies the archive's checksums.
 
   Raises:
-    DataError: if the archive is missing, truncated or damaged, a name leads out of it, a file is
-      larger than any image would be, or all of them are out of proportion to the archive.
+    DataError: if the archive is missing, truncated or damaged, a name is unsafe (such as one that
+      leads out of the archive), or a file or the whole archive is too large when unpacked.
   """
   if not path.is_file():
     raise DataError(f"{path} does not exist: download it, or correct the folder")
@@ -118,7 +122,7 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
 
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
-  """By the sizes that are declared, which readers never exceed."""
+  """Raises `DataError` if the declared sizes, which readers never exceed, are too large."""
   if unpacked > max(2 * _MAX_FILE_BYTES, _MAX_RATIO * path.stat().st_size):
     raise DataError(
       f"{path} would unpack to over {_MAX_RATIO} times its size: get the archive from a source you "
@@ -143,7 +147,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     with tarfile.open(fileobj=stream, mode="r:") as archive:
       unpacked = 0
       for member in archive:
-        if member.size < 0:  # tarfile would go backwards, and round and round
+        if member.size < 0:  # tarfile would seek backwards and loop forever
           raise tarfile.ReadError("a file of negative size")
         unpacked += member.size
         _refuse_bomb(path, unpacked)
@@ -152,8 +156,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
           yield member.name, file
         elif not member.isdir():
           raise DataError(f"{path} holds {member.name!r:.100}, a link: pack plain files only")
-    # A damaged header looks like the end to tarfile. The true end is zeros up to the last byte, and
-    # reading them lets gzip compare its checksum.
+    # tarfile takes a damaged header for the end of the archive. The real end is zeros up to the
+    # last byte; reading them also makes gzip verify its checksum.
     stream.seek(archive.offset)
     ending = stream.read(_MAX_FILE_BYTES)
     if len(ending) < tarfile.BLOCKSIZE or any(ending) or stream.read(1):
@@ -161,7 +165,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
-  """As `read_archive`, for the files below a folder, sorted by name."""
+  """Yields the files below a folder as `read_archive` does, sorted by name."""
   for path in sorted(folder.rglob("*")):
     inside = PurePosixPath(path.relative_to(folder).as_posix())
     hidden = any(part.startswith(".") for part in inside.parts)
@@ -172,20 +176,21 @@ def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PureP
 
 
 def decode_image(content: bytes, name: object, *, size: tuple[int, int], mode: str) -> np.ndarray:
-  """An image file as uint8 `[height, width]` (mode `L`) or `[height, width, 3]` (mode `RGB`).
+  """Decodes an image to uint8 `[height, width]` (mode `L`) or `[height, width, 3]` (mode `RGB`).
 
   Args:
-    content: the file.
-    name: for messages.
-    size: `(width, height)` that it must have, in pixels.
-    mode: Pillow's.
+    content: the bytes of the file.
+    name: the file's name in error messages.
+    size: the required `(width, height)` in pixels.
+    mode: the Pillow mode, `L` or `RGB`.
 
   Raises:
-    DataError: if it is no image, is damaged, or has another size.
+    DataError: if the file is not an image, is damaged, or has another size.
   """
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # of bombs, which the size tells, and of odd metadata
+      # Pillow warns of decompression bombs, which the size check refuses, and of odd metadata.
+      warnings.simplefilter("ignore")
       with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
         if image.size != size:
           raise DataError(
@@ -194,5 +199,5 @@ def decode_image(content: bytes, name: object, *, size: tuple[int, int], mode: s
         return np.asarray(image.convert(mode))
   except DataError:
     raise
-  except Exception as error:  # decoders raise almost anything on damaged files
+  except Exception as error:  # decoders raise many types of error on damaged files
     raise DataError(f"{name} is not a readable image: replace it") from error

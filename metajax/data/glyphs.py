@@ -1,8 +1,8 @@
-"""Glyphs: characters of an invented script, drawn by the library itself: no download.
+"""Glyphs: a data set of invented characters that the library draws itself, without a download.
 
-A class is a few strokes, each a cubic Bezier spline. A drawing of it moves the control points a
-little, tilts, scales and shears the whole, and picks a pen, as a hand would. Images look like
-Omniglot's: 28x28, paper 255, ink 0.
+A class is a few strokes, each a cubic Bezier curve. To imitate handwriting, each drawing of a class
+moves the control points a little, tilts, scales and shears the whole character, and picks a pen
+width. Images have the format of Omniglot's: 28x28, paper 255, ink 0.
 """
 
 import jax
@@ -20,13 +20,13 @@ _POINTS_PER_STROKE = 24
 def load(
   seed: int = 0, *, train_classes: int = 400, test_classes: int = 100, drawings: int = 20
 ) -> Splits:
-  """The glyphs of a seed: disjoint train and test classes, no validation.
+  """Draws the glyphs of a seed: disjoint train and test classes, no validation classes.
 
   Args:
     seed: the same seed draws the same glyphs.
-    train_classes: classes to meta-train on.
-    test_classes: other classes, to report on.
-    drawings: examples of each class.
+    train_classes: the number of classes for meta-training.
+    test_classes: the number of other classes, for testing.
+    drawings: the number of examples of each class.
 
   Returns:
     Splits with inputs uint8 `[classes * drawings, 28, 28, 1]`.
@@ -37,7 +37,7 @@ def load(
   if min(train_classes, test_classes, drawings) < 1:
     raise ValueError("train_classes, test_classes and drawings must each be at least 1")
   num_classes = train_classes + test_classes
-  # Folded, so that a run that draws on key(seed) itself shares nothing with the characters.
+  # With fold_in, the characters are independent of a run that uses key(seed) itself.
   keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x676C7970), num_classes)
   draw = jax.jit(lambda keys: jax.lax.map(lambda key: draw_class(key, drawings), keys))
   images = np.asarray(draw(keys))
@@ -50,7 +50,7 @@ def load(
 
 
 def draw_class(key: PRNGKey, drawings: int) -> jax.Array:
-  """Invents a character and draws it several times: uint8 `[drawings, 28, 28, 1]`."""
+  """Invents a character and draws it `drawings` times: uint8 `[drawings, 28, 28, 1]`."""
   character_key, drawing_key = jax.random.split(key)
   strokes, drawn = _character(character_key)
   keys = jax.random.split(drawing_key, drawings)
@@ -58,7 +58,7 @@ def draw_class(key: PRNGKey, drawings: int) -> jax.Array:
 
 
 def _character(key: PRNGKey) -> tuple[jax.Array, jax.Array]:
-  """Control points `[strokes, 4, 2]` in the unit square, and which are drawn, `[strokes]`."""
+  """Control points `[strokes, 4, 2]` in the unit square, and a mask `[strokes]` of those drawn."""
   start_key, heading_key, turn_key, length_key, count_key = jax.random.split(key, 5)
   start = jax.random.uniform(start_key, (_MAX_STROKES, 1, 2), minval=0.2, maxval=0.8)
   heading = jax.random.uniform(heading_key, (_MAX_STROKES, 1), maxval=2 * jnp.pi)
@@ -69,7 +69,7 @@ def _character(key: PRNGKey) -> tuple[jax.Array, jax.Array]:
   strokes = jnp.concatenate([start, start + jnp.cumsum(moves, axis=1)], axis=1)
   count = jax.random.randint(count_key, (), 2, _MAX_STROKES + 1)
   drawn = jnp.arange(_MAX_STROKES) < count
-  # Centred and scaled to fill the frame, so that position and size say nothing of the class.
+  # Centred and scaled to fill the frame, so that position and size do not reveal the class.
   inside = drawn[:, None, None]
   low = jnp.min(jnp.where(inside, strokes, jnp.inf), axis=(0, 1))
   high = jnp.max(jnp.where(inside, strokes, -jnp.inf), axis=(0, 1))

@@ -1,4 +1,4 @@
-"""mini-ImageNet (Vinyals et al. 2016; Ravi & Larochelle's 64 / 16 / 20 classes), 84x84 RGB."""
+"""mini-ImageNet (Vinyals et al. 2016): 84x84 RGB, Ravi & Larochelle's 64 / 16 / 20 classes."""
 
 import os
 from collections.abc import Iterator
@@ -31,21 +31,21 @@ _LAYOUT = (
 def load(
   data_dir: str | os.PathLike | None, *, cache_dir: str | os.PathLike | None = None
 ) -> Splits:
-  """mini-ImageNet as few-shot classes; classes may differ in size, and validation may be missing.
+  """Loads mini-ImageNet. Classes may differ in size, and validation classes may be missing.
 
-  The images are ImageNet's, which may not be passed on, so there is no download: make them from
-  ILSVRC-2012 with Ravi & Larochelle's lists. They are decoded once, into the cache.
+  The images may not be redistributed (ImageNet's terms), so there is no download: make them from
+  ILSVRC-2012 with Ravi & Larochelle's lists. They are decoded once and kept in the cache.
 
   Args:
-    data_dir: a folder with archives (`train*.tar.gz`, `val*.tar.gz`, `test*.tar.gz`; all that are
-      there are read) or with class folders (`train/CLASS/IMAGE.jpg`, ...).
+    data_dir: a folder with archives (`train*.tar.gz`, `val*.tar.gz`, `test*.tar.gz`; all
+      that match are read) or with class folders (`train/CLASS/IMAGE.jpg`, ...).
     cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
 
   Returns:
-    Splits; inputs uint8 `[m, 84, 84, 3]`.
+    Splits with inputs uint8 `[m, 84, 84, 3]`.
 
   Raises:
-    DataError: if there is nothing to read, or something is damaged or of another size.
+    DataError: if there are no images, or a file is damaged or has another size.
   """
   if data_dir is None:
     raise DataError(
@@ -75,7 +75,7 @@ def _files(sources: list[Path]) -> Iterator[Path]:
 
 
 def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
-  """CLASS/IMAGE names and contents of one archive or folder."""
+  """Yields the name CLASS/IMAGE and the content of each image of an archive or folder."""
   if source.is_dir():
     yield from read_folder(source, _SUFFIXES)
     return
@@ -85,14 +85,14 @@ def _read(source: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
 
 
 def _empty_classes(folder: Path) -> list[Path]:
-  """Class folders without an image; in an archive they would not show."""
+  """Class folders without an image. In an archive, these cannot be detected."""
   classes = (path for path in sorted(folder.iterdir()) if path.is_dir())
   visible = (path for path in classes if not path.name.startswith("."))
   return [path for path in visible if not any(read_folder(path, _SUFFIXES))]
 
 
 def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
-  """Decodes everything into a file beside the cache, and moves it into place when it is whole."""
+  """Decodes all images into a temporary file, and renames it to `cache` when it is complete."""
   arrays: dict[str, np.ndarray] = {}
   split_of: dict[str, str] = {}
   for split, paths in sources.items():
@@ -117,7 +117,7 @@ def _prepare(sources: dict[str, list[Path]], cache: Path) -> None:
 
 
 def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-  """Images uint8 `[m, 84, 84, 3]`, labels `[m]`, and the classes' names, by label."""
+  """Returns images uint8 `[m, 84, 84, 3]`, labels `[m]`, and the class name of each label."""
   images: dict[PurePosixPath, np.ndarray] = {}
   for source in paths:
     empty = _empty_classes(source) if source.is_dir() else []
@@ -148,11 +148,12 @@ def _decode(paths: list[Path], split: str) -> tuple[np.ndarray, np.ndarray, list
 
 def _load(cache: Path) -> Splits:
   try:
-    # A zip, whose checksums are verified. NumPy leaves a damaged file open that it opened itself.
+    # The file is a zip archive, so reading verifies checksums. It is opened here, since np.load
+    # leaves a damaged file open if it opened the file itself.
     with cache.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
       validation = _split(file, "val") if "val_images" in file else None
       return Splits(_split(file, "train"), validation, _split(file, "test"))
-  except Exception as error:  # whatever is wrong with it, the way out is the same
+  except Exception as error:  # whatever the cause, the remedy is the same
     raise DataError(f"the cache {cache} is damaged: delete it, and it is made again") from error
 
 

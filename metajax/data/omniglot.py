@@ -1,6 +1,6 @@
 """Omniglot (Lake et al. 2015): 1,623 characters of 50 alphabets, 20 drawings each, as 28x28 images.
 
-Read through TensorFlow Datasets, from its array_record files; TensorFlow itself is not needed.
+It is read with TensorFlow Datasets from array_record files; TensorFlow itself is not needed.
 """
 
 import os
@@ -23,10 +23,10 @@ from metajax.data.files import (
 )
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
-# The split's archive and its number of characters; every character has 20 drawings.
+# The archive of each split and its number of characters; every character has 20 drawings.
 ARCHIVES = {"train": ("images_background.zip", 964), "test": ("images_evaluation.zip", 659)}
 DRAWINGS = 20
-_TRAIN_CHARACTERS = 1200  # of the paper's pooled protocol; the other 423 are for testing
+_TRAIN_CHARACTERS = 1200  # in the paper's pooled protocol; the other 423 are for testing
 _SOURCE_SIZE, _SIZE = 105, 28
 
 
@@ -37,20 +37,21 @@ def load(
   seed: int = 0,
   cache_dir: str | os.PathLike | None = None,
 ) -> Splits:
-  """Omniglot as few-shot classes.
+  """Loads Omniglot.
 
   Args:
     data_dir: a folder with the official `images_background.zip` and `images_evaluation.zip`; None
-      downloads them. They are prepared once, into the cache.
-    protocol: `"pooled"`, the paper's: all characters pooled, 1,200 at random to train on, each in
-      four rotations as four classes (4,800), the other 423 to test on, unrotated. `"alphabets"`:
-      train on the 964 characters of the background alphabets (3,856 classes with rotations), test
-      on the 659 of the evaluation alphabets.
-    seed: chooses the 1,200 characters.
+      downloads them. They are converted once, and the result is kept in the cache.
+    protocol: `"pooled"`, as in the paper: of all characters, 1,200 random ones are for training,
+      with each rotated by 0, 90, 180 and 270 degrees to make four classes (4,800 in all), and the
+      other 423 for testing, not rotated. `"alphabets"`: the 964 characters of the background
+      alphabets are for training (3,856 classes with rotations), and the 659 of the evaluation
+      alphabets for testing.
+    seed: determines the 1,200 characters.
     cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
 
   Returns:
-    Splits without validation; inputs uint8 `[m, 28, 28, 1]`, paper 255, ink 0.
+    Splits without validation classes; inputs are uint8 `[m, 28, 28, 1]`, paper 255, ink 0.
 
   Raises:
     DataError: if an archive is missing, damaged or incomplete, or the download fails.
@@ -68,7 +69,7 @@ def load(
 
 
 def _classes(drawings: np.ndarray) -> Classes:
-  """Classes of drawings uint8 `[characters, 20, 28, 28]`."""
+  """Makes a class of each character, from drawings uint8 `[characters, 20, 28, 28]`."""
   labels = np.repeat(np.arange(len(drawings)), drawings.shape[1])
   return from_arrays(drawings.reshape(-1, _SIZE, _SIZE, 1), labels)
 
@@ -79,8 +80,8 @@ def _with_rotations(drawings: np.ndarray) -> Classes:
 
 
 def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarray]:
-  """The drawings of the two splits, uint8 `[characters, 20, 28, 28]`."""
-  import tensorflow_datasets as tfds  # slow to import, so only by those who need it
+  """Returns the drawings of the two archives, each uint8 `[characters, 20, 28, 28]`."""
+  import tensorflow_datasets as tfds  # imported only here, since it is slow
 
   from metajax.data.omniglot_builder import MetajaxOmniglot
 
@@ -103,12 +104,12 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
       builder = MetajaxOmniglot(
         urls=urls, read=_read_records, data_dir=home, file_format="array_record"
       )
-    except Exception as error:  # of files that it wrote itself
+    except Exception as error:  # the files of an earlier call are damaged
       raise damaged from error
     builder.download_and_prepare()
   except DataError:
     raise
-  except Exception as error:  # whatever went wrong on the way to the web, the way out is the same
+  except Exception as error:  # downloads fail in many ways, with the same remedy
     if isinstance(error, OSError) and (data_dir is not None or not home.is_dir()):
       raise unwritable(cache, error) from error
     if data_dir is not None:
@@ -118,18 +119,18 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
       f"Omniglot could not be downloaded ({reason}): get images_background.zip and "
       f"images_evaluation.zip from {URL} and give their folder as data_dir"
     ) from error
-  # Decoders differ in what they make of 1-bit images, so TFDS hands over the files as they are.
+  # Decoders differ in how they treat 1-bit images, so TFDS returns the files undecoded.
   decoders = {"image": tfds.decode.SkipDecoding()}
   try:
     return [
       _shrink(builder.as_data_source(split=split, decoders=decoders), split) for split in ARCHIVES
     ]
-  except Exception as error:  # readers raise almost anything on damaged files
+  except Exception as error:  # readers raise many types of error on damaged files
     raise damaged from error
 
 
 def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The records of an archive, after a check that it is whole."""
+  """Yields the records of an archive, after checking that it is complete."""
   name, characters = ARCHIVES[split]
   drawings: dict[str, int] = {}
   seen: set[str] = set()
@@ -166,7 +167,11 @@ def _decode(content: bytes, name: object) -> np.ndarray:
 
 
 def _shrink(source: Any, split: str) -> np.ndarray:
-  """28x28 by nearest neighbour, as in the paper's code, by character: uint8 `[c, 20, 28, 28]`."""
+  """Resizes the images to 28x28 by nearest neighbour, as in the paper's code.
+
+  Returns:
+    uint8 `[characters, 20, 28, 28]`.
+  """
   pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
   labels = np.empty(len(source), np.int64)
   images = np.empty((len(source), _SIZE, _SIZE), np.uint8)

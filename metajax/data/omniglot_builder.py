@@ -1,6 +1,7 @@
-"""A TensorFlow Datasets builder of Omniglot that needs no TensorFlow to prepare it.
+"""A TensorFlow Datasets builder of Omniglot that works without TensorFlow.
 
-The stock builder decodes and encodes through TensorFlow; this one hands PNG files on as they are.
+The builder in TensorFlow Datasets decodes and encodes the images with TensorFlow; this one stores
+the original PNG files unchanged.
 """
 
 import io
@@ -22,7 +23,13 @@ class MetajaxOmniglot(tfds.core.GeneratorBasedBuilder):
   def __init__(
     self, *, urls: dict[str, str], read: Callable[[str, Path], Records], **kwargs: Any
   ) -> None:
-    """`urls`: each split's archive, on the web or a path; `read`: `(split, path) -> records`."""
+    """Makes the builder.
+
+    Args:
+      urls: the archive of each split, a URL or a path.
+      read: `(split, path) -> records`.
+      **kwargs: of `GeneratorBasedBuilder`.
+    """
     self._urls, self._read = urls, read
     super().__init__(**kwargs)
 

@@ -1,4 +1,4 @@
-"""Sine waves to regress (Section 4): f(x) = a sin(x + b), a ~ U[0.1, 5.0], b ~ U[0, 2 pi]."""
+"""Regression of sine waves (Section 4): f(x) = a sin(x + b), a ~ U[0.1, 5.0], b ~ U[0, 2 pi]."""
 
 from collections.abc import Callable
 
@@ -12,20 +12,20 @@ _LOW, _HIGH = -5.0, 5.0
 
 
 def uniform_points(num_points: int) -> Points:
-  """x ~ U[-5, 5], `[num_points, 1]`: the few samples a learner is given.
+  """Draws x ~ U[-5, 5], `[num_points, 1]`, as the few samples that a learner is given.
 
   Raises:
-    ValueError: if there is no point.
+    ValueError: if `num_points` is below 1.
   """
   _check(num_points)
   return lambda key: jax.random.uniform(key, (num_points, 1), minval=_LOW, maxval=_HIGH)
 
 
 def grid_points(num_points: int) -> Points:
-  """Equally spaced x from -5 to 5, `[num_points, 1]`: the integral of the error as a mean.
+  """Equally spaced x from -5 to 5, `[num_points, 1]`; the mean error approximates its integral.
 
   Raises:
-    ValueError: if there is no point.
+    ValueError: if `num_points` is below 1.
   """
   _check(num_points)
   return lambda key: jnp.linspace(_LOW, _HIGH, num_points)[:, None]
@@ -34,14 +34,14 @@ def grid_points(num_points: int) -> Points:
 def sample_task(
   train_points: Points | None = None, test_points: Points | None = None
 ) -> SampleTask:
-  """Draws a wave, and evaluates it at the train and the test points.
+  """Makes a sampler that draws a wave and evaluates it at the train and the test points.
 
   Args:
-    train_points: `key -> x`; by default 10 uniform ones.
-    test_points: `key -> x`; by default 50 on a grid.
+    train_points: `key -> x`; by default 10 uniform points.
+    test_points: `key -> x`; by default 50 points on a grid.
 
   Returns:
-    `key -> Task`, inputs and targets `[n, 1]`; it consumes the key.
+    `key -> Task` with inputs and targets `[n, 1]`. It consumes the key.
   """
   train_points = train_points or uniform_points(10)
   test_points = test_points or grid_points(50)

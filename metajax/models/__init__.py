@@ -1,4 +1,4 @@
-"""Networks, and adapters for networks of any framework: a model is a pair `(init, apply)`."""
+"""Networks, and adapters for Flax and Equinox modules. A model is a pair `(init, apply)`."""
 
 from metajax.models import convolution
 from metajax.models.adapters import Model, from_equinox, from_linen, from_nnx

@@ -1,4 +1,4 @@
-"""Models, and adapters that make one from a Flax or Equinox module."""
+"""The type `Model`, and adapters that make a model from a Flax or Equinox module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
 
   Raises:
     ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
-      `apply`, if the parameters or the inputs are not of the shapes that it has.
+      `apply`, if the parameters or the inputs do not have the shapes that the module expects.
   """
 
   def init(key: PRNGKey) -> Params:
@@ -87,7 +87,7 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
 
 
 def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
-  """Makes a model from an Equinox module, whose call takes one example and is vmapped.
+  """Makes a model from an Equinox module that takes one example; the model vmaps it.
 
   Args:
     make: `key -> eqx.Module`.

@@ -1,8 +1,8 @@
 """Two implementations of convolution with the same signature, parameters and results.
 
-XLA's own convolution on CPU is slow inside a scan, and where vmap gives every task its own kernel
-(it becomes a grouped convolution). As shifted slices and one matrix multiplication, the same work
-runs nine times as fast there; `benchmarks/README.md` has the figures.
+On CPU, XLA's own convolution is slow inside a scan, and where vmap gives every task its own kernel
+(it becomes a grouped convolution). Computed as shifted slices and one matrix multiplication, a
+convolution is nine times as fast there; `benchmarks/README.md` has the measurements.
 """
 
 import math
@@ -21,7 +21,7 @@ Padding = str | Sequence[tuple[int, int]]
 
 
 def convolution(method: Method | None = None) -> Convolve:
-  """A convolution to hand to `flax.linen.Conv(conv_general_dilated=...)`.
+  """Returns a convolution for `flax.linen.Conv(conv_general_dilated=...)`.
 
   Args:
     method: `"patches"`, `"xla"`, or None for the faster one on the default backend.
@@ -52,13 +52,15 @@ def patches(
   Args:
     inputs: `[n, height, width, channels]`.
     kernel: `[kernel_height, kernel_width, channels, features]`.
-    window_strides: of height and width.
+    window_strides: the strides along height and width.
     padding: `"SAME"`, `"VALID"` or `[(low, high), (low, high)]`.
-    **options: the other arguments of `conv_general_dilated`; what cannot be honoured (dilation,
-      groups, another layout) is refused.
+    **options: the other arguments of `conv_general_dilated`.
 
   Returns:
     `[n, out_height, out_width, features]`.
+
+  Raises:
+    ValueError: if the options ask for dilation, groups or another layout.
   """
   _refuse_unsupported(options)
   rows, columns, channels, features = kernel.shape
@@ -84,7 +86,8 @@ def patches(
     for row in range(rows)
     for column in range(columns)
   ]
-  # Two axes rather than four: on CPU the products of the backward pass are half as fast again.
+  # Matrices of two axes rather than four: on CPU, the matrix products of the backward pass are then
+  # 1.5 times as fast.
   outputs = jnp.matmul(
     jnp.concatenate(shifted, axis=-1).reshape(-1, rows * columns * channels),
     kernel.reshape(-1, features),

@@ -1,7 +1,7 @@
 """The paper's networks and those of Finn et al. (2017).
 
-Batch normalization always uses the statistics of the batch, in training and in testing. So a model
-has no state besides its parameters, and can be vmapped freely.
+Batch normalization always uses the statistics of the current batch, in training and in testing. A
+model therefore has no state besides its parameters, and can be vmapped.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class BatchStatsNorm(nn.Module):
 
   Attributes:
     epsilon: added to the variance; 1e-3 in the paper's code (TensorFlow's default).
-    use_scale: whether there are scales; there are always offsets.
+    use_scale: whether to learn scales; offsets are always learned.
   """
 
   epsilon: float = 1e-3
@@ -44,17 +44,18 @@ class BatchStatsNorm(nn.Module):
 
 
 class ConvNet(nn.Module):
-  """Four blocks of [conv 3x3; norm; ReLU], each halving the image, and a dense layer.
+  """Four blocks of [conv 3x3; norm; ReLU] that each halve height and width, and a dense layer.
 
   Attributes:
-    ways: classes, the outputs.
-    filters: features of every convolution.
+    ways: the number of classes, which is the number of outputs.
+    filters: the number of features of every convolution.
     downsample: `"stride"` (convolutions of stride 2) or `"pool"` (2x2 max-pooling).
-    head: the dense layer sees `"flatten"`, all positions, or `"mean"`, their average.
-    method: of `metajax.models.convolution`.
-    pool_padding: whether pooling an odd number of rows keeps the last (`"SAME"`) or drops it.
+    head: the input of the dense layer: all positions (`"flatten"`) or their average (`"mean"`).
+    method: the implementation of convolution; see `metajax.models.convolution`.
+    pool_padding: whether pooling keeps an odd last row or column (`"SAME"`) or drops it
+      (`"VALID"`).
     norm_scale: whether batch normalization has scales besides offsets.
-    head_init: of the dense layer's kernel.
+    head_init: the initializer of the dense layer's kernel.
   """
 
   ways: int
@@ -73,13 +74,13 @@ class ConvNet(nn.Module):
       raise ValueError(f"head must be 'flatten' or 'mean', not {self.head!r}")
     if self.pool_padding not in ("SAME", "VALID"):
       raise ValueError(f"pool_padding must be 'SAME' or 'VALID', not {self.pool_padding!r}")
-    if self.method is not None:  # the default is that of a backend, and starts it
+    if self.method is not None:  # looking up the default would start a backend
       convolution(self.method)
     super().__post_init__()
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 counts as 0..255."""
+    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 is divided by 255."""
     if inputs.ndim != 4:
       raise ValueError(f"images must be [n, height, width, channels], not {inputs.shape}")
     pool = self.downsample == "pool"
@@ -102,10 +103,11 @@ class ConvNet(nn.Module):
 
 
 class MLP(nn.Module):
-  """A fully connected network, its last layer linear.
+  """A fully connected network whose last layer is linear.
 
-  Kernels and biases start uniform in +-1 / sqrt(fan in), as in the authors' PyTorch script: with
-  biases of 0, all units of a first layer on one-dimensional inputs would have the same centre.
+  Kernels and biases are initialized uniformly in +-1 / sqrt(fan in), as in the authors' PyTorch
+  script. If biases were 0 and inputs one-dimensional, all units of the first layer would have the
+  same centre.
   """
 
   features: Sequence[int]
@@ -129,8 +131,8 @@ def max_pool(inputs: jax.Array, padding: Padding = "SAME") -> jax.Array:
 
   With padding `"VALID"` an odd last row or column is dropped: `floor` in place of `ceil`.
 
-  It is written as elementwise selections, since the gradient of XLA's window reduction is slow on
-  CPU. As there, the gradient goes to the first of equal entries.
+  It is computed by elementwise selections, since the gradient of XLA's window reduction is slow on
+  CPU. As in XLA, the gradient goes to the first of equal entries.
   """
   n, height, width, channels = inputs.shape
   if padding == "SAME":
@@ -155,10 +157,10 @@ def omniglot(
   """The paper's Omniglot network: 4 x [conv 3x3, 64 filters, stride 2; norm; ReLU], dense.
 
   Args:
-    ways: classes.
-    filters: 64 in the paper; 113,221 parameters at 5 ways.
+    ways: the number of classes.
+    filters: 64 in the paper, which gives 113,221 parameters at 5 ways.
     downsample: `"stride"`, as in the paper, or `"pool"`.
-    method: of `metajax.models.convolution`.
+    method: the implementation of convolution; see `metajax.models.convolution`.
 
   Returns:
     A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
@@ -170,9 +172,9 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
   """The paper's mini-ImageNet network: 4 x [conv 3x3, 32 filters; norm; max-pool 2x2; ReLU], dense.
 
   Args:
-    ways: classes.
+    ways: the number of classes.
     filters: 32 in the paper.
-    method: of `metajax.models.convolution`.
+    method: the implementation of convolution; see `metajax.models.convolution`.
 
   Returns:
     A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
@@ -181,11 +183,11 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
 
 
 def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None) -> Model:
-  """The Omniglot network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
+  """The Omniglot network of Finn et al. (2017), for the paper's MAML and FOMAML results.
 
-  It differs from `omniglot` in that the dense layer takes the mean over positions and starts from
-  N(0, 1), and that batch normalization has no scales. Finn et al. do not adapt its offsets: mask
-  them in the inner optimizer to do the same.
+  It differs from `omniglot` in that the dense layer takes the mean over positions, that its kernel
+  is initialized from N(0, 1), and that batch normalization has no scales. Finn et al. do not adapt
+  the offsets of batch normalization: mask them in the inner optimizer to do the same.
   """
   return _images(
     (28, 28, 1),
@@ -199,11 +201,11 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
 
 
 def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
-  """The mini-ImageNet network of Finn et al. (2017), of the paper's MAML and FOMAML rows.
+  """The mini-ImageNet network of Finn et al. (2017), for the paper's MAML and FOMAML results.
 
   It differs from `mini_imagenet` in that pooling drops odd rows and columns, which leaves 5 x 5
   positions instead of 6 x 6, and that batch normalization has no scales. Finn et al. do not adapt
-  its offsets: mask them in the inner optimizer to do the same.
+  the offsets of batch normalization: mask them in the inner optimizer to do the same.
   """
   return _images(
     (84, 84, 3),
@@ -228,7 +230,7 @@ def sine(
   """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`.
 
   Raises:
-    ValueError: if there is no layer, or one without a unit.
+    ValueError: if there is no layer, or a layer without units.
   """
   if not features or min(features) < 1:
     raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
