@@ -1,8 +1,8 @@
-"""What the benchmarks measure, free of flags: a case, its compiled meta-step, its count of work.
+"""The cases that the benchmarks measure: settings, compiled meta-steps and counts of FLOPs.
 
-Model FLOPs are counted from the network: a multiply-add is 2, a gradient is 3 forward passes, and
-differentiating through one inner gradient costs 2 gradients more. Only convolutions and dense
-layers count.
+This module defines no flags. Model FLOPs are counted from the network: a multiply-add is
+2, a gradient is 3 forward passes, and differentiating through one inner gradient costs 2 gradients
+more. Only convolutions and dense layers count.
 """
 
 import importlib.metadata
@@ -27,19 +27,21 @@ INNER_RATES = {"adam": 1e-3, "sgd": 0.01}
 
 
 class Case(NamedTuple):
-  """One row of a table: 5-way tasks, or waves.
+  """The settings of one table row. The tasks are 5-way classification, or sine waves.
 
   Attributes:
     algorithm: one of `ALGORITHMS`; `"evaluation"` adapts and predicts, without a meta-gradient.
     model: one of `MODELS`.
-    inner_steps: k, the losses of an episode, the tail included.
-    meta_batch: T, the tasks of a meta-step.
+    inner_steps: k, the number of losses in an episode, counting the tail's.
+    meta_batch: T, the number of tasks in a meta-step.
     execution: one of `EXECUTIONS`.
     convolution: `"patches"` or `"xla"`.
-    batch: examples of an inner minibatch.
-    tail: examples of the last one; of an evaluation, those predicted together.
-    optimizer: `"adam"` or `"sgd"` inside; through MAML it is SGD.
-    chunk: tasks at once, with `"chunked"`, and on each device with `"sharded"`.
+    batch: the number of examples in an inner minibatch.
+    tail: the number of examples in the last minibatch; in an evaluation, of those that are
+      predicted together.
+    optimizer: the inner optimizer, `"adam"` or `"sgd"`; MAML always uses SGD.
+    chunk: the number of tasks that run together with `"chunked"`, and on each device with
+      `"sharded"`.
   """
 
   algorithm: str
@@ -55,7 +57,7 @@ class Case(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A case, compiled."""
+  """A compiled case, with what compiling it cost."""
 
   case: Case
   compiled: jax.stages.Compiled
@@ -64,16 +66,16 @@ class Program(NamedTuple):
   lower_seconds: float
   compile_seconds: float
   temporary_bytes: int
-  gradient_error: float | None  # relative, of the first task's gradient; None if not judged
+  gradient_error: float | None  # relative, for the first task; None if not compared
 
 
 class Layer(NamedTuple):
-  """A convolution or dense layer as a product: of an example's patches and the kernel.
+  """A convolution or dense layer as the matrix product of an example's patches and the kernel.
 
   Attributes:
-    positions: of the outputs, the rows of an example's patches.
-    depth: entries of a patch, the rows of the kernel.
-    features: columns of the kernel.
+    positions: the number of output positions, which are the rows of an example's patches.
+    depth: the number of entries in a patch, which are the rows of the kernel.
+    features: the number of columns of the kernel.
   """
 
   positions: int
@@ -82,7 +84,7 @@ class Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-  """A model with the shape of its inputs and its layers."""
+  """A model, the shape of one of its inputs, and its layers."""
 
   model: metajax.Model
   inputs: tuple[int, ...]
@@ -90,12 +92,17 @@ class Network(NamedTuple):
 
   @property
   def flops(self) -> float:
-    """Of one example's forward pass."""
+    """The FLOPs of one example's forward pass."""
     return 2.0 * sum(layer.positions * layer.depth * layer.features for layer in self.layers)
 
 
 def network(name: str, convolution: Any) -> Network:
-  """The networks of the paper, for 5 ways; for waves 1-40-40-1, as in Finn et al. (2017)."""
+  """The paper's networks for 5-way tasks; for sine waves 1-40-40-1, as in Finn et al. (2017).
+
+  Args:
+    name: one of `MODELS`.
+    convolution: `"patches"`, `"xla"`, or None for the default of the backend.
+  """
   if name == "sine":
     layers = [Layer(1, 1, 40), Layer(1, 40, 40), Layer(1, 40, 1)]
     return Network(metajax.models.sine((40, 40, 1)), (1,), layers)
@@ -108,7 +115,10 @@ def network(name: str, convolution: Any) -> Network:
 
 
 def _convolutional(size: int, channels: int, filters: int, pool: bool) -> list[Layer]:
-  """Four 3x3 convolutions, each followed or preceded by halving, and a dense layer to 5."""
+  """The layers of four 3x3 convolutions and a dense layer with 5 outputs.
+
+  Each convolution halves the image: by max-pooling after it if `pool`, else by its stride.
+  """
   layers = []
   for _ in range(4):
     halved = -(-size // 2)
@@ -118,7 +128,12 @@ def _convolutional(size: int, channels: int, filters: int, pool: bool) -> list[L
 
 
 def step_flops(case: Case, forward: float) -> float:
-  """Of a meta-step, by the convention in this module's docstring."""
+  """The model FLOPs of a meta-step, counted as the docstring of this module says.
+
+  Args:
+    case: the settings of the meta-step.
+    forward: the FLOPs of one example's forward pass.
+  """
   through = 3 if case.algorithm.startswith("maml") else 1
   inner = through * 3 * forward * case.batch * (case.inner_steps - 1)
   if case.algorithm == "evaluation":
@@ -127,7 +142,7 @@ def step_flops(case: Case, forward: float) -> float:
 
 
 def loss_of(case: Case, model: metajax.Model) -> Any:
-  """The mean over the minibatch, as most codes have it."""
+  """The loss function: the mean over the minibatch, as in most implementations."""
   make = metajax.losses.squared_error if case.model == "sine" else metajax.losses.cross_entropy
   return make(model.apply, reduction="mean")
 
@@ -144,7 +159,7 @@ def _inner(case: Case) -> optax.GradientTransformation:
 
 
 def random_episodes(case: Case, inputs: tuple[int, ...]) -> metajax.Episode:
-  """NumPy arrays `[T, ...]`, random, the same for the same sizes."""
+  """Random episodes as NumPy arrays `[T, ...]`. The same sizes give the same data."""
   rng = np.random.default_rng(0)
   steps = case.inner_steps - 1
 
@@ -157,18 +172,18 @@ def random_episodes(case: Case, inputs: tuple[int, ...]) -> metajax.Episode:
       targets.astype(np.float32 if regression else np.int32),
     )
 
-  pool = max(case.batch, 50)  # of a fixed size, so that data do not grow with k
+  pool = max(case.batch, 50)  # a fixed size, so that the data do not grow with k
   rows = np.arange(steps * case.batch, dtype=np.int32).reshape(steps, case.batch) % pool
   schedule: Any = np.broadcast_to(rows, (case.meta_batch, *rows.shape))
   return metajax.Episode(examples(pool), schedule, examples(case.tail))
 
 
 def compile_case(case: Case, *, judge: bool = True) -> Program:
-  """Compiles a meta-step ahead of time, on random data.
+  """Compiles a meta-step or an evaluation ahead of time, on random data.
 
   Args:
-    case: what to compile.
-    judge: run it once to compare its gradient with the plain loop's.
+    case: the settings of what to compile.
+    judge: whether to run the meta-step once and compare its gradient with that of plain loops.
   """
   net = network(case.model, case.convolution)
   episodes = random_episodes(case, net.inputs)
@@ -184,7 +199,7 @@ def compile_case(case: Case, *, judge: bool = True) -> Program:
   memory = compiled.memory_analysis()
   error = None
   if judge and _has_a_plain_twin(case):
-    # Every task the first one: then the mean gradient is that of a single task.
+    # Every task is a copy of the first, so the mean gradient is the gradient of that task.
     first = jax.tree.map(lambda leaf: np.repeat(leaf[:1], case.meta_batch, axis=0), episodes)
     state, _ = compiled(arguments[0], _placed(case, first))
     error = relative_error(state.outer[0].trace, plain_gradient(case, params, episodes))
@@ -201,7 +216,10 @@ def compile_case(case: Case, *, judge: bool = True) -> Program:
 
 
 def _has_a_plain_twin(case: Case) -> bool:
-  """`serial` hands Adam's state along, so that the same task's gradient is another each time."""
+  """Whether `plain_gradient` computes the same gradient as the compiled case.
+
+  `serial` hands Adam's state from task to task, so copies of one task have different gradients.
+  """
   handed_along = case.execution == "serial" and inner_optimizer(case) == "adam"
   return case.algorithm != "evaluation" and not handed_along
 
@@ -209,7 +227,7 @@ def _has_a_plain_twin(case: Case) -> bool:
 def _meta_step(
   case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
 ) -> tuple[Any, tuple]:
-  """The whole of it: every task's gradient and the outer update."""
+  """A whole meta-step, every task's gradient and the outer update, and its arguments."""
   estimator, _, cost = case.algorithm.partition("_")
   gradient = getattr(metajax, estimator)(
     loss_of(case, model), _inner(case), **({cost: True} if cost else {})
@@ -222,7 +240,7 @@ def _meta_step(
   else:
     chunked = case.execution == "chunked"
     execution = metajax.vmapped(case.meta_batch, chunk=chunk if chunked else None)
-  # With momentum, the outer optimizer's first trace is the gradient itself, to be judged.
+  # With momentum, the outer optimizer's first trace is the gradient, which can then be compared.
   learner = metajax.meta_learner(gradient, optax.sgd(0.1, momentum=0.9), execution)
   if case.execution == "sharded":
     params = jax.device_put(params, jax.NamedSharding(metajax.task_mesh(), jax.P()))
@@ -232,7 +250,10 @@ def _meta_step(
 def _evaluation(
   case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
 ) -> tuple[Any, tuple]:
-  """k steps on the pool, then the tail's inputs predicted together."""
+  """An evaluation and its arguments.
+
+  It takes k steps on the pool and then predicts the tail's inputs together.
+  """
   schedule = metajax.cycling(case.inner_steps, case.batch)
   gradient = metajax.reptile(loss_of(case, model), _inner(case))
   learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.vmapped(1))
@@ -247,7 +268,7 @@ def _evaluation(
 
 
 def _placed(case: Case, episodes: metajax.Episode) -> metajax.Episode:
-  """On the device, or over the devices where these divide the tasks."""
+  """Copies the episodes to the device, or shards them if the devices divide the tasks evenly."""
   mesh = metajax.task_mesh()
   if case.execution == "sharded" and case.meta_batch % mesh.size == 0:
     return jax.device_put(episodes, jax.NamedSharding(mesh, jax.P(mesh.axis_names)))
@@ -255,9 +276,10 @@ def _placed(case: Case, episodes: metajax.Episode) -> metajax.Episode:
 
 
 def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
-  """The first task's meta-gradient by plain loops in float64, with XLA's own convolution.
+  """The first task's meta-gradient, computed by plain loops in float64 with XLA's convolution.
 
-  MAML's by Equation 24: the last gradient times (I - alpha H_j), step by step backwards.
+  MAML's gradient is computed by Equation 24: the last gradient is multiplied by (I - alpha H_j),
+  step by step backwards.
   """
   loss = loss_of(case, network(case.model, "xla").model)
   adam, rate = inner_optimizer(case) == "adam", INNER_RATES[inner_optimizer(case)]
@@ -294,6 +316,7 @@ def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
 
 
 def relative_error(ours: Any, exact: Any) -> float:
+  """The relative error of a gradient, without the biases of the convolutions."""
   norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
   ours, exact = _without_offsets(ours), _without_offsets(exact)
   difference = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, ours, exact)
@@ -301,8 +324,11 @@ def relative_error(ours: Any, exact: Any) -> float:
 
 
 def _without_offsets(params: Any) -> Any:
-  """All but the convolutions' offsets: batch norm takes them away, so that their derivative is 0,
-  and Adam makes steps of its rounding errors."""
+  """All parameters except the biases of the convolutions.
+
+  Batch normalization subtracts these biases again, so their derivative is 0. What is computed for
+  it is rounding error, which Adam turns into steps.
+  """
   return {
     module: {name: leaf for name, leaf in leaves.items() if (module[:4], name) != ("Conv", "bias")}
     for module, leaves in params.items()
@@ -310,14 +336,22 @@ def _without_offsets(params: Any) -> Any:
 
 
 def timed(call: Callable[[], Any]) -> float:
-  """Seconds until the results are there."""
+  """The seconds until the results of a call are ready."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
 
 
 def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-  """Times all calls in turns, after one to warm up, so that drift in speed affects them equally."""
+  """Times all calls in turns, so that drift in machine speed affects them equally.
+
+  Args:
+    calls: the functions to time. Each is called once before the first round, to warm up.
+    rounds: how many times each is timed.
+
+  Returns:
+    For each call, a list of seconds.
+  """
   for call in calls:
     timed(call)
   seconds: list[list[float]] = [[] for _ in calls]
@@ -328,19 +362,19 @@ def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
 
 
 class MatrixProducts(NamedTuple):
-  """Float32 products of square matrices, on every device at once."""
+  """Float32 products of square matrices, computed on all devices at once."""
 
   calls: list[Callable[[], Any]]
   flops: list[float]
 
   def rate(self, seconds: list[list[float]]) -> float:
-    """FLOP/s of the best size, by median."""
+    """The FLOP/s of the fastest matrix size, from the median of its times."""
     medians = [float(np.median(times)) for times in seconds]
     return max(flops / median for flops, median in zip(self.flops, medians, strict=True))
 
 
 def matrix_products() -> MatrixProducts:
-  """The measure of the machine. Each device multiplies matrices of its own."""
+  """The products that measure the machine's speed. Each device multiplies its own matrices."""
   mesh = metajax.task_mesh()
   calls: list[Callable[[], Any]] = []
   flops = []
@@ -354,13 +388,13 @@ def matrix_products() -> MatrixProducts:
 
 
 def machine() -> dict[str, str]:
-  """Versions, device and commit, for a record."""
+  """Versions, device and commit, to be stored with a result."""
   versions = {name: importlib.metadata.version(name) for name in ("metajax", "jax", "jaxlib")}
   device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
   here = Path(__file__).parent
   try:
     described = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(described, cwd=here, capture_output=True, text=True).stdout.strip()
-  except OSError:  # no git
+  except OSError:  # git is not installed
     commit = ""
   return {**versions, "device": device, "commit": commit or "unknown"}

@@ -1,12 +1,13 @@
-"""The bound that a network's own matrix products set: each layer's, timed alone.
+"""The lower bound that a network's matrix products set on the time of a meta-step.
 
   python -m benchmarks.layers --model=omniglot,omniglot_pool
 
-A gradient is made of three products a layer: forward, by the inputs (not for the first layer) and
-by the kernel. Here they run alone, on every device at once, from operands that are already patches,
-in turns with the whole meta-step of `--execution=sharded`: what the products alone would take is
-what a program without any elementwise pass, reduction or copy would take. All times are the fastest
-of the rounds. Takes the flags of `benchmarks.wall_clock`.
+A gradient needs three matrix products for each layer: the forward pass, the derivative by the
+inputs (not for the first layer) and the derivative by the kernel. This program times each product
+alone, on all devices at once, with operands that are already patches, in turns with the whole
+meta-step of `--execution=sharded`. The sum of the products' times is what a program without any
+elementwise pass, reduction or copy would take. All times are the fastest of the rounds. The flags
+are those of `benchmarks.wall_clock`.
 """
 
 import sys
@@ -24,7 +25,7 @@ from benchmarks import cases, wall_clock
 FLAGS = flags.FLAGS
 FLAGS.set_default("execution", ["sharded"])
 
-_TIMES = 20  # of a product in one call, so that the call itself does not count
+_TIMES = 20  # repetitions of a product in one call, so that the cost of the call does not count
 _PRODUCTS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
   "forward": lambda patches, kernel, g: patches @ kernel,
   "by inputs": lambda patches, kernel, g: g @ kernel.T,
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
-  """Prints the products of one case, what they add up to, and what the meta-step takes."""
+  """Prints the products of one case, the sum of their times, and the time of the meta-step."""
   program = cases.compile_case(case, judge=False)
   counts = _products(case)
   calls = [product(name, *shape) for name, shape in counts]
@@ -70,7 +71,7 @@ def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
       f"| {name} | {' x '.join(map(str, shape))} | {count} | {1e6 * time:.0f} "
       f"| {speed / 1e9:.0f} | {speed / rate:.2f} |"
     )
-  rounds = -(-case.meta_batch // len(jax.devices()))  # a device may wait in the last
+  rounds = -(-case.meta_batch // len(jax.devices()))  # some devices may idle in the last
   bound = rounds * sum(count * time for count, time in zip(counts.values(), alone, strict=True))
   whole = program.flops / rate / len(jax.devices())
   print(
@@ -80,10 +81,13 @@ def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
 
 
 def _products(case: cases.Case) -> dict[tuple[str, tuple[int, int, int]], int]:
-  """How often a task takes each product `(name, (rows, depth, columns))`, by the shape of its own.
+  """Counts how often a task computes each product.
 
-  A Hessian-vector product is twice a gradient's. An evaluation adapts in all its steps; what it
-  predicts after them is left out.
+  A Hessian-vector product counts as two gradients. In an evaluation, all steps adapt, and the
+  predictions after them are left out.
+
+  Returns:
+    The count of each `(name, (rows, depth, columns))`.
   """
   counts: dict[tuple[str, tuple[int, int, int]], int] = {}
   through = 3 if case.algorithm.startswith("maml") else 1
@@ -98,10 +102,10 @@ def _products(case: cases.Case) -> dict[tuple[str, tuple[int, int, int]], int]:
 
 
 def product(name: str, rows: int, depth: int, columns: int) -> Callable[[], Any]:
-  """A call that takes one product many times on every device.
+  """A function that computes one product many times on every device.
 
-  The smaller factor is a new one each time, so that nothing is hoisted and the larger stays in the
-  cache, where a gradient has just put it.
+  The smaller factor differs in every repetition, so that XLA cannot move the product out of the
+  loop. The larger factor is the same and stays in the cache, where a gradient has just put it.
   """
   mesh = metajax.task_mesh()
   rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""Temporary memory against the number of inner steps, from the compiled programs: nothing is run.
+"""Temporary memory of the compiled programs against the number of inner steps; nothing is run.
 
   python -m benchmarks.memory --inner_steps=1,10,100
 
-First-order meta-gradients need the same memory for any k; MAML keeps something of every step.
-Takes the flags of `benchmarks.wall_clock`, with defaults of its own.
+First-order meta-gradients need the same memory for any number of steps k; MAML stores data from
+every step. The flags are those of `benchmarks.wall_clock`, with different defaults.
 """
 
 import sys

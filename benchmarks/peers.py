@@ -1,10 +1,12 @@
-"""metajax against PyTorch: the same networks, tasks and minibatches, in turns in one process.
+"""Compares metajax with PyTorch on the same networks, tasks and minibatches.
 
   pip install -e '.[bench]' && python -m benchmarks.peers --algorithms=maml --execution=sharded
 
-A peer that is not installed, or cannot do a workload, is named and left out. Takes the flags of
-`benchmarks.wall_clock`; `ratio` is a peer's median time over metajax's fastest here, and `apart`
-how far its gradient is from metajax's, relative. Inside Reptile is Adam, inside the others SGD.
+All programs run in turns in one process. A peer that is not installed, or does not support a
+workload, is named and left out. `ratio` is a peer's median time divided by the fastest median of
+metajax in the same table, and `apart` is the relative distance of its gradient from metajax's. The
+inner optimizer is Adam for Reptile and SGD for the others. The other flags are those of
+`benchmarks.wall_clock`.
 """
 
 import os
@@ -21,13 +23,13 @@ from benchmarks import cases, wall_clock
 
 FLAGS = flags.FLAGS
 FLAGS.set_default("execution", ["sharded"])
-flags.DEFINE_list("peers", [], "Peers to run; by default all that can.")
+flags.DEFINE_list("peers", [], "Peers to run; by default all that support the workload.")
 
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
-  os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that what compiles does so here
+  os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that compiling is measured
   try:
     from benchmarks import torch_peers
   except ImportError as error:
@@ -54,7 +56,7 @@ def compare(
   ours: list[cases.Case],
   products: cases.MatrixProducts,
 ) -> None:
-  """Prints one workload's table."""
+  """Prints the table of one workload."""
   net = cases.network(workload.model, ours[0].convolution)
   episodes = cases.random_episodes(ours[0], net.inputs)
   params = jax.device_get(jax.jit(net.model.init)(jax.random.key(0)))
@@ -76,7 +78,7 @@ def compare(
     try:
       start = time.perf_counter()
       call = build(workload, params, data)
-      found = call()  # what compiles, compiles here
+      found = call()  # the first call includes compiling
       first = time.perf_counter() - start
     except (ImportError, NotImplementedError) as error:
       print(f"{name}: {error}")
@@ -91,7 +93,8 @@ def compare(
   best = min(medians[: len(ours)])
   print(f"\n{workload}, matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n")
   print("| | compile (s) | run (ms) | 10-90 % | ratio | apart |\n|---|---|---|---|---|---|")
-  rows = zip(names, compiling, seconds, medians, apart, strict=False)  # seconds has products, too
+  # Not strict: seconds also holds the times of the matrix products.
+  rows = zip(names, compiling, seconds, medians, apart, strict=False)
   for name, compile_time, times, median, distance in rows:
     low, high = 1e3 * np.percentile(times, (10, 90))
     print(

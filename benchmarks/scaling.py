@@ -1,19 +1,22 @@
-"""How a meta-step would scale to many devices, predicted from its compiled program: it never runs.
+"""Predicts how a meta-step scales to many devices, from its compiled program. Nothing is run.
 
   python -m benchmarks.scaling --link_gbps=50 --tflops=10 --devices=8,64,512
 
-The program of `metajax.sharded`, compiled for a few CPU devices, holds one collective operation, an
-all-reduce of B bytes: the gradient and Info. The model, for n devices and c = FLOPs of a task /
-rate of a device, FLOPs as `benchmarks.cases` counts them:
+The program of `metajax.sharded`, compiled for a few CPU devices, contains one collective operation:
+an all-reduce of B bytes, which are the gradient and the Info. For n devices and c = FLOPs of a task
+/ FLOP/s of a device, with FLOPs counted as in `benchmarks.cases`, the model is
 
   all_reduce(n) = 2 (n - 1) / n * B / bandwidth + 2 ceil(log2(n)) * latency
   efficiency(n) = tasks * c / (n * (ceil(tasks / n) * c + all_reduce(n)))
 
-The all-reduce is recursive halving, then doubling (Thakur et al. 2005), which passes on as few
-bytes as a ring, in fewer messages. `weak`: each device has the T tasks of the workload, so tasks is
-n T. `strong`: they share T tasks, and with n > T some wait. All devices are as fast, all links as
-free, and nothing overlaps. What is no matrix product or convolution takes no time, nor do data,
-launches, the additions themselves and the outer update.
+The all-reduce is recursive halving followed by doubling (Thakur et al. 2005), which transfers as
+few bytes as a ring does, in fewer messages. `weak` is the efficiency if each device has the T tasks
+of the workload, so that tasks = n T. `strong` is the efficiency if all devices share T tasks; with
+n > T some devices wait.
+
+The model assumes that all devices are equally fast, that no link carries other traffic, and that
+communication and computation do not overlap. Only matrix products, convolutions and messages take
+time; data, launches, the additions in the all-reduce and the outer update take none.
 """
 
 import json
@@ -42,7 +45,9 @@ WORKLOADS = {  # as in the tables of `benchmarks/README.md`
   "mini_imagenet_reptile": _REPTILE._replace(model="mini_imagenet", inner_steps=8),
   "sine_maml": Case("maml", "sine", 2, 25, "sharded", "patches", 10, 10, "sgd", 1),
 }
-_TASKS_EACH = 2  # in the compiled program: more than one, so that a loop could hold the all-reduce
+# The compiled program has more than one task on each device, and so a loop over them, which must
+# not contain the all-reduce.
+_TASKS_EACH = 2
 _COLLECTIVE = re.compile(
   r" = (.*?) (all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter|"
   r"collective-permute|collective-broadcast)(?:-start)?\("
@@ -51,14 +56,21 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Link(NamedTuple):
-  """Of a device to the others, in one direction."""
+  """The link from a device to the others, in one direction."""
 
   bytes_per_second: float
-  latency: float  # seconds a message
+  latency: float  # seconds for each message
 
 
 def collectives(program_text: str) -> list[tuple[str, int]]:
-  """The kind of each collective operation of a compiled program, and the bytes of its result."""
+  """The collective operations of a compiled program.
+
+  Args:
+    program_text: the text of the compiled program (HLO).
+
+  Returns:
+    For each operation, its kind and the size of its result in bytes.
+  """
   return [
     (kind, sum(_bytes(*array.groups()) for array in _ARRAY.finditer(result)))
     for result, kind in _COLLECTIVE.findall(program_text)
@@ -70,32 +82,46 @@ def _bytes(bits: str | None, dimensions: str) -> int:
 
 
 def all_reduce_bytes(program_text: str) -> int:
-  """The size of the one all-reduce.
+  """The size in bytes of the program's only all-reduce.
 
   Raises:
-    ValueError: if there are other collective operations, or it is not once a meta-step.
+    ValueError: if the program has other collective operations, or if it does not run exactly one
+      all-reduce in each meta-step.
   """
   found = collectives(program_text)
-  once = collectives(program_text[program_text.index("ENTRY ") :])  # not in the body of a loop
+  once = collectives(program_text[program_text.index("ENTRY ") :])  # without the bodies of loops
   if [kind for kind, _ in found] != ["all-reduce"] or once != found:
     raise ValueError(f"the model is of one all-reduce a meta-step, the program has {found}")
   return found[0][1]
 
 
 def all_reduce_seconds(devices: int, size: float, link: Link) -> float:
-  """The time in which `devices` add `size` bytes each, and all have the sum."""
+  """The time for an all-reduce, after which every device has the sum over all devices.
+
+  Args:
+    devices: the number of devices.
+    size: the bytes that each device contributes.
+    link: the link of each device.
+  """
   messages = 2 * (devices - 1).bit_length()
   return 2 * (devices - 1) / devices * size / link.bytes_per_second + messages * link.latency
 
 
 def efficiency(tasks: int, devices: int, task_seconds: float, reduce_seconds: float) -> float:
-  """The time of one device for all tasks over that of all devices together."""
+  """The time that one device needs for all tasks, divided by the summed time of all devices.
+
+  Args:
+    tasks: the number of tasks in a meta-step.
+    devices: the number of devices.
+    task_seconds: the time that a device needs for one task.
+    reduce_seconds: the time of the all-reduce.
+  """
   alone = tasks * task_seconds
   return alone / (devices * (-(-tasks // devices) * task_seconds + reduce_seconds))
 
 
 def records(name: str, case: Case, links: list[float], devices: list[int]) -> list[dict[str, Any]]:
-  """A workload's rows, one a link."""
+  """The results of a workload, one row for each link."""
   compiled_for = case._replace(meta_batch=_TASKS_EACH * len(jax.devices()))
   program = cases.compile_case(compiled_for, judge=False)
   text = program.compiled.as_text() or ""
@@ -154,14 +180,21 @@ def main(argv: list[str]) -> None:
 
 
 def define_flags() -> None:
-  """Only for the program itself: who imports the model may have flags of the same names."""
-  flags.DEFINE_list("workloads", list(WORKLOADS), f"Any of {', '.join(WORKLOADS)}.")
-  flags.DEFINE_list("link_gbps", ["450", "50", "1.25"], "Gigabytes (not bits) per second.")
-  flags.DEFINE_float("latency_us", 5.0, "Of a message, in microseconds.", lower_bound=0.0)
-  flags.DEFINE_float("tflops", 10.0, "What a device sustains.", lower_bound=1e-9)
+  """Defines the flags of the program.
+
+  Importing this module defines none, since the importing program may have flags of the same names.
+  """
+  flags.DEFINE_list("workloads", list(WORKLOADS), f"Workloads: any of {', '.join(WORKLOADS)}.")
+  flags.DEFINE_list(
+    "link_gbps",
+    ["450", "50", "1.25"],
+    "Bandwidths of a device's link in one direction, in gigabytes (not gigabits) per second.",
+  )
+  flags.DEFINE_float("latency_us", 5.0, "Latency of a message in microseconds.", lower_bound=0.0)
+  flags.DEFINE_float("tflops", 10.0, "TFLOP/s that a device sustains.", lower_bound=1e-9)
   flags.DEFINE_list("devices", ["8", "64", "512"], "Numbers of devices to predict for.")
-  flags.DEFINE_integer("cpu_devices", 4, "Devices to compile for.", lower_bound=2)
-  flags.DEFINE_string("out", None, "File to append JSON lines to.")
+  flags.DEFINE_integer("cpu_devices", 4, "CPU devices to compile the program for.", lower_bound=2)
+  flags.DEFINE_string("out", None, "File to which the results are appended as JSON lines.")
   of_lists: dict[str, tuple[Callable[[str], bool], str]] = {
     "workloads": (WORKLOADS.__contains__, f"any of {', '.join(WORKLOADS)}"),
     "link_gbps": (lambda n: bool(re.fullmatch(r"\d*\.?\d+", n)) and float(n) > 0, "above 0"),

@@ -1,10 +1,11 @@
-"""The meta-gradients of `benchmarks.peers` in PyTorch, alone and with its meta-learning libraries.
+"""The peers of `benchmarks.peers`: meta-gradients in PyTorch and its meta-learning libraries.
 
-Every peer computes the same numbers as metajax, to rounding, on the layouts that PyTorch prefers:
-parameters and images are converted once, outside the call. Two roundings are magnified: a ReLU's
-input within rounding of 0 changes a gradient by per cents, and Adam with beta1 = 0 makes steps of
-full size of the gradient's sign, which is noise for a convolution's bias before normalization.
-Compare in float64.
+Every peer computes the same numbers as metajax, up to rounding, in the memory layouts that PyTorch
+prefers: parameters and images are converted once, outside the timed call. Rounding errors are
+magnified in two places. If the input of a ReLU is within rounding of 0, the gradient can change by
+several per cent. Adam with beta1 = 0 makes full-size steps in the direction of the gradient's sign,
+which is noise for the bias of a convolution before normalization. Gradients should therefore be
+compared in float64.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch.nn import functional
 Tensors = Sequence[torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets
 Loss = Callable[..., torch.Tensor]  # (params, inputs, targets) -> scalar, or [T] of stacked tasks
-Slope = Callable[..., Tensors]  # (params, inputs, targets) -> the loss's gradient
+Slope = Callable[..., Tensors]  # (params, inputs, targets) -> gradient of the loss
 Tree = dict[str, dict[str, np.ndarray]]
 
 _ADAM_RATE, _BETA2, _EPSILON = 1e-3, 0.999, 1e-8
@@ -28,14 +29,14 @@ _SGD_RATE = 0.01
 
 
 class Workload(NamedTuple):
-  """What a meta-step does."""
+  """The settings of a meta-step."""
 
   algorithm: str  # reptile, fomaml or maml
   model: str  # omniglot, omniglot_pool, sine or mini_imagenet
-  inner_steps: int  # k, the tail included
-  meta_batch: int  # T
-  batch: int  # b
-  tail: int  # m
+  inner_steps: int  # k, the number of losses in an episode, counting the tail's
+  meta_batch: int  # T, the number of tasks
+  batch: int  # b, the number of examples in an inner minibatch
+  tail: int  # m, the number of examples in the tail
 
 
 class Data(NamedTuple):
@@ -49,7 +50,7 @@ class Data(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """A workload in PyTorch: phi as a flat list in the network's order, and the tasks' data."""
+  """A workload in PyTorch: flat parameters in the network's order, and the tasks' data."""
 
   workload: Workload
   loss: Loss
@@ -60,7 +61,11 @@ class Problem(NamedTuple):
   tail: Batch  # [T, m, ...]
 
   def mean_of_tasks(self, gradient: Callable[[list[Batch], Batch], Tensors]) -> Tree:
-    """The mean of one task's `(batches, tail) -> gradient`, one task after another."""
+    """The mean gradient over the tasks, computed one task after another.
+
+    Args:
+      gradient: `(batches, tail) -> gradient` of one task.
+    """
     parts = []
     for inputs, targets, schedule, *tail in zip(*self.pool, self.schedule, *self.tail, strict=True):
       batches = [(inputs[rows], targets[rows]) for rows in schedule]
@@ -79,14 +84,22 @@ def problem(
   channels_last: bool = False,
   elementary: bool = False,
 ) -> Problem:
-  """Converts parameters and images; `elementary` is for `convolutional`.
+  """Converts a workload, its parameters and its data to PyTorch.
 
-  SAME padding of stride 2 is (0, 1) for even sizes, where PyTorch's `padding=1` amounts to (1, 0):
-  the network of stride 2 works on mirrored images with mirrored kernels, and nothing is padded.
+  For even sizes and stride 2, SAME padding is (0, 1), whereas PyTorch's `padding=1` amounts to
+  (1, 0). The network with stride 2 therefore works on mirrored images with mirrored kernels, which
+  needs no further padding.
+
+  Args:
+    workload: the settings of the meta-step.
+    params: the parameters of the metajax network.
+    data: the episodes.
+    channels_last: whether kernels and images are stored in the channels-last format.
+    elementary: passed on to `convolutional`.
   """
   regression, mirrored = workload.model == "sine", workload.model == "omniglot"
   order = {"Conv": 0, "BatchStatsNorm": 1, "Dense": 0}
-  layers = sorted(  # Conv_0, BatchStatsNorm_0, Conv_1 ..., Dense_0 ...
+  layers = sorted(  # in the order Conv_0, BatchStatsNorm_0, Conv_1, ..., Dense_0, ...
     (name.startswith("Dense"), int(number), order[kind], name)
     for name in params
     for kind, _, number in [name.partition("_")]
@@ -101,7 +114,7 @@ def problem(
   mirror = slice(None, None, -1 if mirrored else None)
 
   def spatial(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel's shape as HWIO: a dense one after a convolution sees the whole image."""
+    """A kernel's shape as HWIO. The kernel of a dense layer spans the whole image."""
     if len(shape) == 4:
       return shape
     side = math.isqrt(shape[0] // channels) if channels else 1
@@ -133,7 +146,7 @@ def problem(
   def examples(inputs: np.ndarray, targets: np.ndarray) -> Batch:
     if regression:
       return torch.tensor(inputs), torch.tensor(targets)
-    images = np.moveaxis(inputs[:, :, mirror, mirror], -1, 2)  # its memory is channels-last still
+    images = np.moveaxis(inputs[:, :, mirror, mirror], -1, 2)  # still channels-last in memory
     tensor = torch.tensor(images.copy(order="K" if channels_last else "C"))
     return tensor, torch.tensor(targets, dtype=torch.int64)
 
@@ -158,11 +171,15 @@ def problem(
 def convolutional(
   params: Tensors, inputs: torch.Tensor, *, pool: bool, elementary: bool
 ) -> torch.Tensor:
-  """Logits `[n, ways]` of images `[n, channels, height, width]`.
+  """The logits `[n, ways]` of images `[n, channels, height, width]`.
 
-  With `elementary`, batch normalization is made of elementary operations: `batch_norm` is faster
-  for a first derivative, but (PyTorch 2.13) vmapped it does not compile, and autograd through its
-  vmapped gradient is wrong without an error.
+  Args:
+    params: the parameters, as a flat list in the network's order.
+    inputs: the images.
+    pool: whether max-pooling halves the images; otherwise the strides of the convolutions do.
+    elementary: whether batch normalization is built from elementary operations. `batch_norm` is
+      faster for a first derivative, but in PyTorch 2.13 it does not compile under vmap, and
+      autograd through its vmapped gradient gives wrong results without an error.
   """
   *blocks, weight, bias = params
   hidden = inputs
@@ -180,7 +197,7 @@ def convolutional(
 
 
 def perceptron(params: Tensors, inputs: torch.Tensor) -> torch.Tensor:
-  """Outputs `[n, 1]` of inputs `[n, 1]`."""
+  """The outputs `[n, 1]` of the network for sine waves, for inputs `[n, 1]`."""
   hidden = inputs
   for first in range(0, len(params) - 2, 2):
     hidden = torch.tanh(functional.linear(hidden, *params[first : first + 2]))
@@ -188,7 +205,10 @@ def perceptron(params: Tensors, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def adapted(workload: Workload, slope: Slope, params: Tensors, batches: Iterable[Batch]) -> Tensors:
-  """The parameters after a step of SGD, or for Reptile Adam with beta1 = 0, for each minibatch."""
+  """The parameters after one inner step for each minibatch.
+
+  The optimizer is Adam with beta1 = 0 for Reptile, and SGD for the other algorithms.
+  """
   moments: Tensors = []
   for count, batch in enumerate(batches, 1):
     grads = slope(params, *batch)
@@ -207,7 +227,11 @@ def adapted(workload: Workload, slope: Slope, params: Tensors, batches: Iterable
 def meta_gradient(
   problem: Problem, slope: Slope, loss: Loss, batches: Iterable[Batch], tail: Batch
 ) -> Tensors:
-  """Of one task, or of tasks stacked; MAML's is then that of the mean over them already."""
+  """The meta-gradient of one task, or of stacked tasks.
+
+  For stacked tasks, Reptile and FOMAML give one gradient for each task, and MAML gives the gradient
+  of the mean loss over the tasks.
+  """
   workload, params = problem.workload, problem.params
   if workload.algorithm == "reptile":
     return torch._foreach_sub(params, adapted(workload, slope, params, [*batches, tail]))
@@ -221,14 +245,17 @@ def meta_gradient(
 def func_vmap(
   workload: Workload, params: Tree, data: Data, *, compiled: bool = False
 ) -> Callable[[], Tree]:
-  """All tasks at once; their convolutions become one, of `T` groups."""
+  """All tasks at once under vmap; their convolutions become one convolution with `T` groups."""
   maml = workload.algorithm == "maml"
   given = problem(workload, params, data, elementary=maml or compiled)
   fuse = compile_fully if compiled else lambda function: function
   tasks = torch.arange(workload.meta_batch)[:, None]
 
   def over_tasks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of stacked parameters, or of phi before the first step: then the tasks share kernels."""
+    """Maps a function over tasks with stacked parameters, or with parameters that they share.
+
+    Before the first step, all tasks have the same parameters and so share their kernels.
+    """
     shared, stacked = (fuse(vmap(function, in_dims=(axis, 0, 0))) for axis in (None, 0))
 
     def call(leaves: Tensors, *batch: torch.Tensor) -> Any:
@@ -251,7 +278,10 @@ def func_vmap(
 def func_loop(
   workload: Workload, params: Tree, data: Data, *, compiled: bool = False
 ) -> Callable[[], Tree]:
-  """One task after another; plain autograd, which costs less than torch.func's when not traced."""
+  """One task after another.
+
+  Unless `compiled`, gradients come from plain autograd, which then costs less than torch.func.
+  """
   given, maml = sequential(workload, params, data), workload.algorithm == "maml"
 
   def autograd(params: Tensors, *batch: torch.Tensor) -> Tensors:
@@ -266,24 +296,30 @@ def func_loop(
 
 
 def sequential(workload: Workload, params: Tree, data: Data) -> Problem:
-  """For one task at a time: channels-last is faster unless differentiated twice."""
+  """The problem for one task at a time.
+
+  The channels-last format is faster unless the loss is differentiated twice.
+  """
   first_order = workload.algorithm != "maml"
   return problem(workload, params, data, channels_last=first_order)
 
 
 def compile_fully(function: Callable[..., Any]) -> Callable[..., Any]:
-  torch._dynamo.config.recompile_limit = 256  # of one code object: each workload compiles it anew
+  torch._dynamo.config.recompile_limit = 256  # per code object, compiled anew for each workload
   return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def func_compiled(workload: Workload, params: Tree, data: Data) -> Callable[[], Tree]:
-  """The gradient of an inner step compiled; large images are faster one task after another."""
+  """With a compiled gradient of an inner step.
+
+  Networks with max-pooling, whose images are large, are faster one task after another.
+  """
   pools = workload.model in ("omniglot_pool", "mini_imagenet")
   return (func_loop if pools else func_vmap)(workload, params, data, compiled=True)
 
 
 def with_higher(workload: Workload, params: Tree, data: Data) -> Callable[[], Tree]:
-  """`higher.innerloop_ctx`, one task after another."""
+  """With `higher.innerloop_ctx`, one task after another."""
   import higher
 
   given = sequential(workload, params, data)
@@ -310,7 +346,7 @@ def with_higher(workload: Workload, params: Tree, data: Data) -> Callable[[], Tr
     )
     with context as (learner, inner):
       for count, batch in enumerate((*batches, tail) if reptile else batches, 1):
-        # Its Adam adds epsilon before the bias correction.
+        # higher's Adam adds epsilon before the bias correction, so epsilon is scaled accordingly.
         epsilon = {"eps": [_EPSILON * math.sqrt(1 - _BETA2**count)]} if reptile else None
         inner.step(learner(*batch), override=epsilon)
       if reptile:
@@ -322,7 +358,10 @@ def with_higher(workload: Workload, params: Tree, data: Data) -> Callable[[], Tr
 
 
 def with_torchopt(workload: Workload, params: Tree, data: Data) -> Callable[[], Tree]:
-  """TorchOpt's functional optimizers, one task after another; in place unless MAML's."""
+  """With TorchOpt's functional optimizers, one task after another.
+
+  Updates are made in place, except for MAML.
+  """
   import torchopt
 
   given = sequential(workload, params, data)

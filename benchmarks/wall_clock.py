@@ -1,11 +1,12 @@
-"""How long a meta-step takes: algorithms, networks, inner steps, tasks, execution, convolution.
+"""Times whole meta-steps and evaluations for all combinations of the settings in the flags.
 
   python -m benchmarks.wall_clock --algorithms=reptile,maml --inner_steps=5,10 --out=FILE.jsonl
 
-Lowering, compiling and running are timed apart. All cases take turns in every round, so drift in
-machine speed affects them equally. A float32 matrix multiplication takes turns with them; its rate
-is the unit in which the model FLOP/s of a case, counted as in `benchmarks.cases`, are printed.
-`error` is the relative error of the gradient of one task, compared with plain loops in float64.
+Lowering, compiling and running are timed separately. All cases take turns in every round, so drift
+in machine speed affects them equally. A float32 matrix multiplication takes turns with them:
+`of matmul` is the model FLOP/s of a case, counted as in `benchmarks.cases`, as a fraction of the
+FLOP/s of that multiplication. `error` is the relative error of the gradient of one task, compared
+with plain loops in float64.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # before pyplot: a binary has no screen
+matplotlib.use("Agg")  # before pyplot is imported, as no screen is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,25 +27,34 @@ import metajax
 from benchmarks import cases
 from benchmarks.cases import Case, Program
 
-flags.DEFINE_list("algorithms", ["reptile"], f"Any of {', '.join(cases.ALGORITHMS)}.")
-flags.DEFINE_list("model", ["omniglot"], f"Any of {', '.join(cases.MODELS)}.")
-flags.DEFINE_list("inner_steps", ["5"], "k, the losses of an episode, the tail included.")
-flags.DEFINE_list("meta_batch", ["5"], "Tasks of a meta-step.")
-flags.DEFINE_list("execution", ["vmap"], f"Any of {', '.join(cases.EXECUTIONS)}.")
-flags.DEFINE_list("convolution", ["patches"], "Any of patches, xla.")
-flags.DEFINE_integer("batch", 10, "Examples of an inner minibatch.", lower_bound=1)
-flags.DEFINE_integer(
-  "tail", None, "Examples of the last minibatch; by default as --batch.", lower_bound=1
+flags.DEFINE_list("algorithms", ["reptile"], f"Algorithms: any of {', '.join(cases.ALGORITHMS)}.")
+flags.DEFINE_list("model", ["omniglot"], f"Networks: any of {', '.join(cases.MODELS)}.")
+flags.DEFINE_list("inner_steps", ["5"], "Numbers k of losses in an episode, counting the tail's.")
+flags.DEFINE_list("meta_batch", ["5"], "Numbers of tasks in a meta-step.")
+flags.DEFINE_list(
+  "execution", ["vmap"], f"How the tasks are run: any of {', '.join(cases.EXECUTIONS)}."
 )
-flags.DEFINE_enum("optimizer", "adam", ["adam", "sgd"], "Inner optimizer; MAML's is always SGD.")
-flags.DEFINE_integer("chunk", 1, "Tasks at once, chunked or on each device.", lower_bound=1)
+flags.DEFINE_list("convolution", ["patches"], "Implementations of convolution: patches, xla.")
+flags.DEFINE_integer("batch", 10, "Examples in an inner minibatch.", lower_bound=1)
+flags.DEFINE_integer(
+  "tail", None, "Examples in the last minibatch; by default the same as --batch.", lower_bound=1
+)
+flags.DEFINE_enum("optimizer", "adam", ["adam", "sgd"], "Inner optimizer; MAML always uses SGD.")
+flags.DEFINE_integer(
+  "chunk",
+  1,
+  "Tasks that run together with --execution=chunked, and on each device with sharded.",
+  lower_bound=1,
+)
 flags.DEFINE_integer("repeats", 10, "Rounds in which every case runs once.", lower_bound=1)
 flags.DEFINE_integer(
-  "cpu_devices", None, "Devices that the CPU counts as; by default one a core.", lower_bound=1
+  "cpu_devices", None, "Number of CPU devices; by default one for each core.", lower_bound=1
 )
-flags.DEFINE_bool("errors", True, "Compare gradients with the plain loop's.")
-flags.DEFINE_string("out", None, "File to append JSON lines to.")
-flags.DEFINE_string("baseline", None, "JSON lines of an earlier run, to print the speed-up over.")
+flags.DEFINE_bool("errors", True, "Compare the gradients with those of plain loops in float64.")
+flags.DEFINE_string("out", None, "File to which the results are appended as JSON lines.")
+flags.DEFINE_string(
+  "baseline", None, "File that an earlier run wrote with --out, to print the speed-up over it."
+)
 flags.DEFINE_string("plots", None, "Folder for plots of time and memory.")
 FLAGS = flags.FLAGS
 
@@ -67,14 +77,17 @@ for _name in ("inner_steps", "meta_batch"):
 
 
 def set_up() -> None:
-  """To be called before anything is computed: a CPU core is a device, to run tasks of its own."""
+  """Sets the log level, and makes each CPU core a device that runs its own tasks.
+
+  Call this before anything is computed.
+  """
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   metajax.cores_as_devices(FLAGS.cpu_devices)
 
 
 def cases_from_flags() -> list[Case]:
-  """The product of the flags that are lists."""
+  """All combinations of the values in the list flags."""
   lists = itertools.product(
     FLAGS.algorithms,
     FLAGS.model,
@@ -112,7 +125,7 @@ def main(argv: list[str]) -> None:
     f"matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n"
   )
   print(markdown(records, baseline))
-  if FLAGS.out:  # last, so that a file that cannot be written loses nothing
+  if FLAGS.out:  # after printing, so that a failure to write loses no results
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(line) + "\n" for line in records)
   if FLAGS.plots:
@@ -120,7 +133,7 @@ def main(argv: list[str]) -> None:
 
 
 def record(program: Program, seconds: list[float], matmul_rate: float) -> dict[str, Any]:
-  """A row: times in seconds."""
+  """The results of one case, with times in seconds."""
   low, median, high = np.percentile(seconds, (10, 50, 90))
   return {
     **program.case._asdict(),
@@ -140,7 +153,7 @@ def record(program: Program, seconds: list[float], matmul_rate: float) -> dict[s
 
 
 def read(path: str) -> list[dict[str, Any]]:
-  """The records of a file that --out wrote."""
+  """Reads the records from a file that --out wrote."""
   records = [json.loads(line) for line in Path(path).read_text().splitlines()]
   for row in records:
     case_of(row)
@@ -152,7 +165,7 @@ def case_of(row: dict[str, Any]) -> Case:
 
 
 def markdown(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> str:
-  """The table, without the columns in which all cases agree on a default."""
+  """The results as a Markdown table, with the speed-up over `baseline` unless that is empty."""
   before = {case_of(row): row["run"] for row in baseline}
   fields = Case._fields[:6]
   head = [
@@ -187,7 +200,10 @@ def markdown(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> s
 
 
 def draw(records: list[dict[str, Any]], folder: Path) -> None:
-  """Time against k and against tasks, and memory against k: a line for each other choice."""
+  """Plots time against k, time against the number of tasks, and memory against k.
+
+  Each plot has one line for each combination of the other settings that vary.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   for name, x, y, label, unit in (
     ("time_against_inner_steps", "inner_steps", "run", "time of a meta-step (ms)", 1e3),
