@@ -21,11 +21,18 @@ _DRAWING = threading.Lock()  # pyplot's state is shared by all threads
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> Line:
-  """Means and 95 % intervals of cells: `{cell: {"accuracy", "interval95"}}`, as fractions."""
+  """Summarizes the accuracies of tasks as `{cell: {"accuracy", "interval95"}}`, as fractions.
+
+  A task whose outputs are NaN has no accuracy. It is left out of the mean, and the number of such
+  tasks stands beside it as "failed".
+  """
   cells = {}
   for name, column in values.items():
-    mean, interval = metajax.mean_and_interval(column)
+    judged = column[~np.isnan(column)]
+    mean, interval = metajax.mean_and_interval(judged) if len(judged) else (np.nan, np.nan)
     cells[name] = {"accuracy": round(mean, 6), "interval95": round(interval, 6)}
+    if len(judged) < len(column):
+      cells[name]["failed"] = len(column) - len(judged)
   return cells
 
 
@@ -47,19 +54,23 @@ def cells_over_seeds(results: Sequence[Line]) -> Line:
       "seeds": len(results),
       "tasks": results[0]["cells"][name]["tasks"],
     }
+    failed = sum(result["cells"][name].get("failed", 0) for result in results)
+    if failed:
+      cells[name]["failed"] = failed
   return cells
 
 
 def percent(cell: Line) -> str:
   """A cell as text, in percent. Over several seeds, both kinds of uncertainty are named."""
   mean = f"{100 * cell['accuracy']:.2f}"
+  failed = f" ({cell['failed']} tasks failed, with NaN outputs)" if "failed" in cell else ""
   if "seeds" in cell:
     between, within = cell["deviation_between_seeds"], cell["interval95_within_a_run"]
     return (
       f"{mean} % (deviation between {cell['seeds']} seeds {100 * between:.2f}, "
-      f"95 % interval over tasks +- {100 * within:.2f})"
+      f"95 % interval over tasks +- {100 * within:.2f}){failed}"
     )
-  return f"{mean} +- {100 * cell['interval95']:.2f} %"
+  return f"{mean} +- {100 * cell['interval95']:.2f} %{failed}"
 
 
 def learning_curve_summary(record: Line) -> str:

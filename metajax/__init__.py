@@ -9,7 +9,7 @@ from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import cycling, replacement, separate_tail, shared_tail
 from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interval, transductive
 from metajax.execution import Execution, serial, sharded, vmapped
-from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile
+from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, skip_nonfinite
 from metajax.inner import LearnerState, Step, carried, inner_step, inner_update
 from metajax.meta import MetaLearner, MetaState, Sweep, meta_learner, run, sweep
 from metajax.models import Model
@@ -66,6 +66,7 @@ __all__ = [
   "serial",
   "sharded",
   "shared_tail",
+  "skip_nonfinite",
   "sweep",
   "task_mesh",
   "theory",

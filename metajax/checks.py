@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,6 +26,15 @@ def chunk_of_tasks(chunk: int | None, num_tasks: int) -> None:
   """Checks the number of tasks that run together."""
   if chunk is not None and not 1 <= chunk <= num_tasks:
     raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
+
+
+def is_apply(apply: Any) -> None:
+  """Checks that a function was given where a network's `apply` belongs."""
+  if not callable(apply):
+    raise ValueError(
+      f"apply must be a function (params, inputs) -> outputs, not {type(apply).__name__}: give "
+      "model.apply"
+    )
 
 
 def one_axis(mesh: jax.sharding.Mesh) -> None:
@@ -108,34 +118,83 @@ def scalar(loss_fn: LossFn) -> LossFn:
   return checked
 
 
-def finite_vector(weights: Any) -> np.ndarray:
-  """Returns the weights of `combine` as an array, if they are a vector of finite real numbers."""
+def finite_vector(weights: Any) -> jax.Array | np.ndarray:
+  """Returns the weights of `combine` as an array, if they are a vector of finite real numbers.
+
+  The values of traced weights, as in a `sweep`, are not known and not checked.
+  """
   try:
-    if not isinstance(weights, jax.core.Tracer):
-      vector = np.asarray(weights)
-      real = vector.dtype != bool and not np.iscomplexobj(vector)
-      with np.errstate(over="ignore"):
-        finite = np.isfinite(vector.astype(jax.dtypes.canonicalize_dtype(vector.dtype))).all()
-      if real and finite and vector.ndim == 1 and vector.size:
-        return vector
+    traced = isinstance(weights, jax.core.Tracer)
+    vector = weights if traced else np.asarray(weights)
+    real = vector.dtype != bool and not jnp.issubdtype(vector.dtype, jnp.complexfloating)
+    if real and vector.ndim == 1 and vector.size and (traced or _representable(vector)):
+      return vector
   except (TypeError, ValueError):  # not numbers, or a ragged list of lists
     pass
-  raise ValueError(f"weights must be k finite numbers, known beforehand, not {weights!r:.80}")
+  raise ValueError(f"weights must be k finite numbers, not {weights!r:.80}")
+
+
+def _representable(vector: np.ndarray) -> bool:
+  """Whether JAX can hold the numbers: floats finite, and integers unchanged."""
+  with np.errstate(over="ignore"):
+    stored = vector.astype(jax.dtypes.canonicalize_dtype(vector.dtype))
+  if np.issubdtype(vector.dtype, np.integer):
+    return bool(np.array_equal(stored, vector))
+  return bool(np.isfinite(stored).all())
+
+
+def without_keys(state: Any) -> None:
+  """Checks that a state, which every task starts with afresh, holds no key of random numbers."""
+  if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+    raise ValueError(
+      "a fresh inner optimizer would draw the same random numbers for every task: hand its state "
+      "from task to task with metajax.carried(optimizer)"
+    )
 
 
 def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
-  """Checks that the optimizer's update has a finite derivative at a zero gradient, on scalars."""
+  """Checks that the optimizer's update has a finite derivative where entries of a gradient are 0.
+
+  It differentiates one update as MAML does, in reverse mode and with the shapes of the parameters,
+  for a fresh state and for the state after a step. Rates that are traced count as 1. Optimizers
+  that fail only where a whole parameter has no gradient, such as muon, pass.
+  """
+  like, optimizer = _abstract(params), optax.with_extra_args_support(optimizer)
+  filled = lambda value: jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), like)
+
+  def slopes(grads: Params) -> list[Params]:
+    ones, states = filled(1.0), [optimizer.init(filled(1.0))]
+    extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
+    states.append(optimizer.update(ones, states[0], ones, grad=ones, **extra)[1])
+    found = []
+    for state in states:
+      update = lambda g, state=state: optimizer.update(g, state, ones, grad=g, **extra)[0]
+      _, pull_back = jax.vjp(update, grads)
+      found.append(pull_back(ones)[0])
+    return found
+
   with jax.ensure_compile_time_eval():
-    scalars = jax.tree.map(lambda leaf: jnp.zeros((), jnp.result_type(leaf)), params)
-    ones = jax.tree.map(jnp.ones_like, scalars)
-    state = optimizer.init(scalars)
-    _, slopes = jax.jvp(
-      lambda grads: optimizer.update(grads, state, scalars)[0], (scalars,), (ones,)
-    )
-    known = [s for s in jax.tree.leaves(slopes) if not isinstance(s, jax.core.Tracer)]
-    finite = all(bool(jnp.isfinite(slope)) for slope in known)  # a traced rate cannot be judged
+    try:
+      program = jax.make_jaxpr(slopes)(filled(0.0))
+    except ValueError as error:  # JAX's, such as for the while loop of a line search
+      raise ValueError(
+        f"maml cannot differentiate through this inner optimizer: use optax.sgd ({error})"
+      ) from error
+    known = [
+      jnp.ones(jnp.shape(const), const.dtype) if isinstance(const, jax.core.Tracer) else const
+      for const in program.consts
+    ]
+    flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(program.jaxpr, known))
+    # As dead units make them: every second entry is 0.
+    leaves = [
+      leaf * (jnp.arange(leaf.size) % 2).reshape(leaf.shape).astype(leaf.dtype)
+      for leaf in jax.tree.leaves(filled(1.0))
+    ]
+    finite = all(bool(jnp.isfinite(slope).all()) for slope in jax.jit(flat)(*leaves))
   if not finite:
+    adam = "ScaleByAdamState" in str(jax.tree.structure(jax.eval_shape(optimizer.init, like)))
+    advice = "give its Adam an eps_root > 0 (say 1e-8)" if adam else "choose another one"
     raise ValueError(
-      "maml needs an inner optimizer whose update has a finite derivative at a zero gradient: "
-      "give optax.adam an eps_root > 0 (say 1e-8), or use optax.sgd"
+      "maml needs an inner optimizer whose update has a finite derivative where entries of a "
+      f"gradient are zero, and here it is NaN: {advice}, or use optax.sgd"
     )

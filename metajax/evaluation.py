@@ -37,6 +37,7 @@ def transductive(apply: Apply) -> Predict:
   Returns:
     `(params, task) -> outputs [m, ...]` on the `m` test inputs.
   """
+  checks.is_apply(apply)
   return lambda params, task: apply(params, task.test.inputs)
 
 
@@ -48,6 +49,8 @@ def inductive(apply: Apply) -> Predict:
   Returns:
     `(params, task) -> outputs [m, ...]` on the `m` test inputs.
   """
+
+  checks.is_apply(apply)
 
   def predict(params: Params, task: Task) -> Any:
     def one(test_input: Any) -> Any:
@@ -174,12 +177,15 @@ def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> Mean:
   """The mean of independent values `[n]` and the half-width of its Student t interval.
 
   Over hundreds of tasks at 95 % this is the usual 1.96 std / sqrt(n). With one value the
-  half-width is infinite.
+  half-width is infinite. If a value is NaN, so is the mean.
 
   Raises:
-    ValueError: if there is no value, or the confidence is not between 0 and 1.
+    ValueError: if the values are not a vector, there is none, or the confidence is not between 0
+      and 1.
   """
-  sample = np.asarray(values, np.float64).reshape(-1)
+  sample = np.asarray(values, np.float64)
+  if sample.ndim != 1:
+    raise ValueError(f"values must be a vector [n], one value for each task, not {sample.shape}")
   if sample.size == 0 or not 0 < confidence < 1:
     raise ValueError("give at least one value and a confidence between 0 and 1")
   if sample.size == 1:

@@ -229,11 +229,24 @@ def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerSt
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    gradient, inner_state, info = meta_gradient.estimate(params, inner_state, episode)
+    gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
     checks.gradient_like(params, gradient)
-    return gradient, inner_state, info
+    return gradient, _finite_or_before(after, inner_state), info
 
   return estimate
+
+
+def _finite_or_before(after: InnerState, before: InnerState) -> InnerState:
+  """The state after a task; the one before it if a number is not finite.
+
+  A task that blows up would else leave NaN in a carried state for good, even if the outer optimizer
+  skips its gradient, as `optax.apply_if_finite` does.
+  """
+  floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  if not floats:
+    return after
+  finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
 
 
 def _over_slots(
@@ -281,8 +294,18 @@ def _over_slots(
   return total[0], states, total[1]
 
 
-def _repeated(tree: Any, times: int) -> Any:
-  return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], times, axis=0), tree)
+def _repeated(state: InnerState, times: int) -> InnerState:
+  """A state for each slot. Keys of random numbers differ, so that slots draw different ones."""
+
+  def repeat(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+      keys = jax.vmap(partial(fold_in, leaf.reshape(-1)))(jnp.arange(times))
+      return keys.reshape(times, *leaf.shape)
+    return jnp.repeat(leaf[None], times, axis=0)
+
+  return jax.tree.map(repeat, state)
 
 
 def _first(inner_state: InnerState) -> InnerState:

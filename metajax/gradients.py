@@ -26,6 +26,7 @@ class Info(NamedTuple):
   """What may be logged about an episode."""
 
   losses: jax.Array  # L_i(phi_i), [k]
+  skipped: jax.Array | None = None  # the fraction of tasks that `skip_nonfinite` skipped
 
 
 class MetaGradient(NamedTuple):
@@ -213,6 +214,32 @@ def combine(
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
   )
+
+
+def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
+  """Skips tasks whose gradient, losses or inner state are not finite.
+
+  Such a task counts as one with a gradient of zero and losses of zero, and what is carried stays as
+  it was before. `Info.skipped` is the fraction of the tasks that were skipped.
+  """
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
+    leaves = [
+      leaf
+      for leaf in jax.tree.leaves((gradient, after, info.losses))
+      if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    losses = keep(info.losses, zeros(info.losses))
+    info = Info(losses, 1.0 - finite.astype(losses.dtype))
+    return keep(gradient, zeros(gradient)), keep(after, inner_state), info
+
+  return meta_gradient._replace(estimate=estimate)
 
 
 def _adapt(

@@ -53,16 +53,19 @@ def carried(optimizer: optax.GradientTransformation) -> Carried:
 
     >>> gradient = metajax.reptile(loss_fn, metajax.carried(optax.adam(1e-3, b1=0.0)))
   """
-  return Carried(optimizer.init, optimizer.update)
+  return Carried(*optax.with_extra_args_support(optimizer))
 
 
 def initial_state(optimizer: optax.GradientTransformation, params: Params) -> InnerState:
   """What is carried from task to task at the start: nothing, unless the optimizer is `carried`.
 
   Raises:
-    ValueError: if a parameter is not floating point.
+    ValueError: if a parameter is not floating point, or the optimizer draws random numbers and is
+      not `carried`.
   """
   checks.floating_point(params)
+  if not isinstance(optimizer, Carried):
+    checks.without_keys(jax.eval_shape(optimizer.init, params))
   return optimizer.init(params) if isinstance(optimizer, Carried) else ()
 
 
@@ -96,7 +99,9 @@ def inner_step(
 
   Args:
     loss_fn: `(params, batch) -> scalar`.
-    optimizer: any optax transformation; its update is added to the parameters.
+    optimizer: any optax transformation; its update is added to the parameters. If it asks for more
+      than the gradient, it is given the loss (`value`), its gradient (`grad`) and the loss as a
+      function of the parameters (`value_fn`).
     learner: phi_i and the optimizer's state.
     batch: the minibatch of L_i, `[b, ...]`.
 
@@ -109,8 +114,16 @@ def inner_step(
   """
   checks.floating_point(learner.params)
   checks.state_of("inner", jax.eval_shape(optimizer.init, learner.params), learner.opt_state)
-  loss, grads = jax.value_and_grad(checks.scalar(loss_fn))(learner.params, batch)
-  update, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
+  loss_fn = checks.scalar(loss_fn)
+  loss, grads = jax.value_and_grad(loss_fn)(learner.params, batch)
+  update, opt_state = optax.with_extra_args_support(optimizer).update(
+    grads,
+    learner.opt_state,
+    learner.params,
+    value=loss,
+    grad=grads,
+    value_fn=lambda params: loss_fn(params, batch),
+  )
   params = optax.apply_updates(learner.params, update)
   return LearnerState(params, opt_state), Step(loss, grads, update)
 
@@ -158,8 +171,7 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   derivative of L' in the direction v, a product needs only phi and the minibatch, and recomputes
   the activations. The results agree up to rounding.
 
-  Only derivatives with respect to the parameters are defined, and only those that pass through
-  the gradient: where the loss is differentiated twice, its own value counts as a constant.
+  Only derivatives with respect to the parameters are defined.
   """
   loss_fn = checks.scalar(loss_fn)
   grad = jax.grad(loss_fn)
@@ -172,9 +184,10 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
     return value_and_grad(params, batch), (params, batch)
 
   def hessian_vector(arguments: Any, cotangents: Any) -> tuple[Params, None]:
-    (params, batch), (_, direction) = arguments, cotangents
-    _, product = jax.jvp(lambda params: grad(params, batch), (params,), (direction,))
-    return product, None
+    (params, batch), (of_value, direction) = arguments, cotangents
+    grads, product = jax.jvp(lambda params: grad(params, batch), (params,), (direction,))
+    # The value matters only to optimizers that use it, such as optax.polyak_sgd.
+    return jax.tree.map(lambda p, g: p + of_value * g, product, grads), None
 
   value_and_grad.defvjp(keep_arguments, hessian_vector)
 

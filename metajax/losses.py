@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from metajax import checks
 from metajax.types import Apply, Examples, LossFn, Params
 
 Reduction = Literal["sum", "mean"]
@@ -26,7 +28,9 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
 
   def per_example(logits: jax.Array, labels: jax.Array) -> jax.Array:
     _check_labels(logits, labels)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    # The factor makes the gradient NaN as well, so that a wrong label cannot go unnoticed.
+    return losses * jnp.where(_are_classes(logits, labels), 1.0, jnp.nan).astype(losses.dtype)
 
   return _reduced(apply, per_example, reduction)
 
@@ -53,11 +57,14 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
   """The fraction of `outputs [n, classes]` whose largest entry is at the label in `targets [n]`.
 
+  It is NaN if an output is NaN, or a label is not from 0 to classes - 1.
+
   Raises:
-    ValueError: if the labels are not integers `[n]`.
+    ValueError: if the labels are not integers `[n]`, or are known and out of range.
   """
   _check_labels(outputs, targets)
-  return jnp.mean(jnp.argmax(outputs, axis=-1) == targets)
+  known = _are_classes(outputs, targets) & ~jnp.isnan(outputs).any(axis=-1)
+  return jnp.mean(jnp.where(known, jnp.argmax(outputs, axis=-1) == targets, jnp.nan))
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
@@ -66,9 +73,24 @@ def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
       f"labels must be integers {logits.shape[:-1]} for logits {logits.shape}, not {labels.dtype} "
       f"{labels.shape}: give each example the number of its class"
     )
+  if isinstance(labels, jax.core.Tracer):
+    return
+  values = np.asarray(labels)
+  if not np.all(_are_classes(logits, values)):
+    raise ValueError(
+      f"labels must be from 0 to {logits.shape[-1] - 1} for {logits.shape[-1]} outputs, not from "
+      f"{values.min()} to {values.max()}: number the classes of a task from 0, and give the "
+      "network an output for each"
+    )
+
+
+def _are_classes(logits: jax.Array, labels: Any) -> Any:
+  """Whether each label is the number of an output."""
+  return (labels >= 0) & (labels < logits.shape[-1])
 
 
 def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:
+  checks.is_apply(apply)
   if reduction not in _REDUCTIONS:
     raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
 

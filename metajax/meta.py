@@ -54,8 +54,9 @@ def meta_learner(
 
   Args:
     meta_gradient: an estimator for one task, such as `reptile`, `fomaml` or `maml`.
-    optimizer: any optax transformation. For Algorithm 1's phi <- phi + epsilon (phi~ - phi), outer
-      SGD of rate epsilon.
+    optimizer: any optax transformation without a line search. If it asks for more than the
+      gradient, it is given the last loss L_k (`value`). Algorithm 1's
+      phi <- phi + epsilon (phi~ - phi) is outer SGD of rate epsilon.
     execution: `vmapped`, `serial` or `sharded`, with the number of tasks of a meta-step.
 
   `step` raises a ValueError if a gradient or the outer state does not have the right shapes.
@@ -68,7 +69,9 @@ def meta_learner(
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
     gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
     checks.state_of("outer", jax.eval_shape(optimizer.init, state.params), state.outer)
-    updates, outer = optimizer.update(gradient, state.outer, state.params)
+    updates, outer = optax.with_extra_args_support(optimizer).update(
+      gradient, state.outer, state.params, value=info.losses[-1], grad=gradient, value_fn=_no_loss
+    )
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info
 
@@ -76,6 +79,13 @@ def meta_learner(
     return meta_gradient.adapt(state.params, execution.one(state.inner), examples, schedule)
 
   return MetaLearner(init, step, adapt, execution)
+
+
+def _no_loss(params: Params) -> jax.Array:
+  raise ValueError(
+    "the outer optimizer evaluates the loss at other parameters, which a meta-gradient cannot do: "
+    "use one without a line search"
+  )
 
 
 def run(

@@ -86,4 +86,4 @@ def take(examples: Examples, rows: jax.Array) -> Examples:
     ValueError: if the examples do not share one leading axis.
   """
   num_examples(examples)
-  return jax.tree.map(lambda leaf: leaf[rows], examples)
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], examples)

@@ -14,7 +14,7 @@ FLOORS = {
   "devices": 0,
   "programs": 0,
   "checks": 1,
-  "losses": 1,
+  "losses": 2,
   "spread": 2,
   "inner": 2,
   "episodes": 2,

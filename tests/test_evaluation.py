@@ -147,6 +147,12 @@ def test_mean_and_interval_refuses(values, confidence):
     metajax.mean_and_interval(values, confidence)
 
 
+@pytest.mark.parametrize("values", [0.5, [[1.0, 2.0], [3.0, 4.0]]])
+def test_mean_and_interval_refuses_what_is_no_vector(values):
+  with pytest.raises(ValueError, match="must be a vector"):
+    metajax.mean_and_interval(values)
+
+
 def test_the_interval_covers_the_mean_as_often_as_it_says():
   draws = np.random.default_rng(1).binomial(5, 0.9, size=(2000, 40)) / 5
   covered = [abs(m.mean - 0.9) <= m.interval for m in map(metajax.mean_and_interval, draws)]

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,31 @@ def test_reductions(reduction, reduce):
 
 def test_accuracy():
   assert losses.accuracy(jnp.asarray(LOGITS), jnp.asarray(LABELS)) == 0.5
+
+
+BAD_LABELS = [np.array([1, 3]), np.array([-1, 0]), np.array([105, 964])]
+
+
+@pytest.mark.parametrize("labels", BAD_LABELS, ids=str)
+def test_labels_that_are_no_classes_are_refused_or_give_nan(labels):
+  """Refused where they are known; else the loss, its gradient and the accuracy are NaN."""
+  loss = losses.cross_entropy(lambda params, inputs: params, reduction="mean")
+  for call in (
+    lambda: evaluate(losses.cross_entropy, "sum", LOGITS, labels),
+    lambda: losses.accuracy(LOGITS, labels),
+  ):
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 2 for 3 outputs, not from"):
+      call()
+  traced = lambda logits, labels: loss(logits, Examples(None, labels))
+  value, gradient = jax.jit(jax.value_and_grad(traced))(jnp.asarray(LOGITS), labels)
+  assert np.isnan(value) and np.isnan(gradient).any()
+  assert np.isnan(jax.jit(losses.accuracy)(jnp.asarray(LOGITS), labels))
+
+
+def test_accuracy_of_nan_is_nan():
+  """And not that of class 0, which argmax returns."""
+  outputs = jnp.asarray(LOGITS).at[1, 2].set(jnp.nan)
+  assert np.isnan(losses.accuracy(outputs, jnp.array([0, 0])))
 
 
 def test_the_reduction_must_be_named():

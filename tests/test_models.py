@@ -274,3 +274,65 @@ def test_making_a_network_starts_no_backend():
   """So that `cores_as_devices` may come after."""
   program = "import metajax; metajax.models.omniglot(5); metajax.cores_as_devices(3)"
   subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def dropout_of_linen():
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dropout(0.5, deterministic=False)(nn.Dense(3)(x))
+
+  return models.from_linen(Network(), np.ones((1, 6), np.float32))
+
+
+def dropout_of_nnx():
+  class Network(nnx.Module):
+    def __init__(self, rngs):
+      self.dense, self.dropout = nnx.Linear(6, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+      return self.dropout(self.dense(x))
+
+  return models.from_nnx(Network)
+
+
+def dropout_of_equinox():
+  eqx = pytest.importorskip("equinox")
+
+  class Network(eqx.Module):
+    dense: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key):
+      self.dense, self.dropout = eqx.nn.Linear(6, 3, key=key), eqx.nn.Dropout(0.5)
+
+    def __call__(self, x):
+      return self.dropout(self.dense(x))
+
+  return models.from_equinox(Network)
+
+
+@pytest.mark.parametrize("make", [dropout_of_linen, dropout_of_nnx, dropout_of_equinox])
+def test_dropout_is_refused(make):
+  """Its mask would be the same in all steps, all tasks and when predicting."""
+  model = make()
+  with pytest.raises(ValueError, match="has dropout: remove it, or make it deterministic"):
+    model.apply(model.init(jax.random.key(0)), jnp.ones((2, 6)))
+
+
+def test_what_an_nnx_module_keeps_is_named():
+  def make(rngs):
+    return nnx.BatchNorm(3, rngs=rngs)
+
+  with pytest.raises(ValueError, match="this NNX module keeps mean, var too"):
+    models.from_nnx(make).init(jax.random.key(0))
+
+
+def test_a_module_is_not_its_factory():
+  with pytest.raises(ValueError, match=r"from_linen takes a module such as MyNetwork\(\)"):
+    models.from_linen(nn.Dense, np.ones((1, 6)))
+  with pytest.raises(ValueError, match="not the module itself: give lambda rngs"):
+    models.from_nnx(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+  eqx = pytest.importorskip("equinox")
+  with pytest.raises(ValueError, match="not the module itself: give lambda key"):
+    models.from_equinox(eqx.nn.Linear(6, 3, key=jax.random.key(0)))

@@ -119,6 +119,8 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
       "lower the shots"
     )
 
+  classes = jax.tree.map(jnp.asarray, classes)  # they may be NumPy arrays
+
   def sample(key: PRNGKey) -> Task:
     class_key, example_key = jax.random.split(key)
     chosen = jax.random.permutation(class_key, num_classes)[:ways]

@@ -9,6 +9,9 @@ from flax import linen as nn
 
 from metajax.types import Apply, Params, PRNGKey
 
+_NO_DROPOUT = (
+  "a model draws no random numbers, and this one has dropout: remove it, or make it deterministic"
+)
 _MISFITS = (
   errors.ScopeCollectionNotFound,
   errors.ScopeParamNotFoundError,
@@ -35,6 +38,9 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
       `apply`, if the parameters or the inputs do not have the shapes that the module expects.
   """
 
+  if not isinstance(module, nn.Module):
+    raise ValueError(f"from_linen takes a module such as MyNetwork(), not {module!r:.80}")
+
   def init(key: PRNGKey) -> Params:
     variables = module.init(key, example_inputs)
     if set(variables) - {"params"}:
@@ -47,6 +53,8 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
   def apply(params: Params, inputs: Any) -> Any:
     try:
       return module.apply({"params": params}, inputs)
+    except errors.InvalidRngError as error:
+      raise ValueError(_NO_DROPOUT) from error
     except _MISFITS as error:
       shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(inputs))
       raise ValueError(
@@ -68,11 +76,23 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
   """
   from flax import nnx
 
+  if isinstance(make, nnx.Module):
+    raise ValueError(
+      "from_nnx takes a function that makes the module, not the module itself: give "
+      "lambda rngs: MyModule(rngs=rngs)"
+    )
+
   def split(key: PRNGKey) -> tuple[Any, Any]:
-    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, ...)
-    params, rest = states
-    if jax.tree.leaves(nnx.filter_state(rest, nnx.Not(nnx.RngState))):
-      raise ValueError("a model has parameters only: this NNX module keeps other variables too")
+    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+    params, keys, rest = states
+    if jax.tree.leaves(keys):
+      raise ValueError(f"{_NO_DROPOUT}, without rngs")
+    if jax.tree.leaves(rest):
+      names = ", ".join(".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
+      raise ValueError(
+        f"a model has parameters only, and this NNX module keeps {names} too: for batch "
+        "normalization by the statistics of the batch, write a layer without running averages"
+      )
     return graph, (params, rest)
 
   def init(key: PRNGKey) -> Params:
@@ -97,6 +117,12 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   """
   import equinox as eqx
 
+  if isinstance(make, eqx.Module):
+    raise ValueError(
+      "from_equinox takes a function that makes the module, not the module itself: give "
+      "lambda key: MyModule(key=key)"
+    )
+
   def init(key: PRNGKey) -> Params:
     params, rest = eqx.partition(make(key), eqx.is_inexact_array)
     if any(map(eqx.is_array, jax.tree.leaves(rest))):
@@ -106,6 +132,11 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   def apply(params: Params, inputs: Any) -> Any:
     shapes = eqx.filter_eval_shape(make, jax.random.key(0))
     static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
-    return jax.vmap(eqx.combine(params, static))(inputs)
+    try:
+      return jax.vmap(eqx.combine(params, static))(inputs)
+    except RuntimeError as error:
+      if "requires a key" in str(error):
+        raise ValueError(_NO_DROPOUT) from error
+      raise
 
   return Model(init, apply)
