@@ -97,8 +97,9 @@ def main(
     )
     logging.set_verbosity(logging.FATAL)  # Orbax logs some forty lines a save; errors are raised
     metajax.cores_as_devices()
-    cache = metajax.data.cache_directory() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+      cache = metajax.data.cache_directory() / "compiled"
+      jax.config.update("jax_compilation_cache_dir", str(cache))
     join(processes)
     if not folders.writes():
       _silence(1)  # one process speaks

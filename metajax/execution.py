@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from metajax import checks
 from metajax.gradients import Info, MetaGradient
 from metajax.programs import traced
-from metajax.spread import chunk_or_default, mesh_and_spec, num_slots, padded
+from metajax.spread import chunk_or_default, first, mesh_and_spec, num_slots, padded, repeated
 from metajax.types import (
   Episode,
   InnerState,
@@ -67,7 +67,7 @@ def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     def init(params: Params) -> InnerState:
-      return _repeated(meta_gradient.init(params), num_tasks)
+      return repeated(meta_gradient.init(params), num_tasks)
 
     def estimate(
       params: Params, inner_state: InnerState, episodes: Episode
@@ -81,7 +81,7 @@ def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
 
     return meta_gradient._replace(init=init, estimate=estimate)
 
-  return Execution(num_tasks, lift, partial(_sample_on_one_device, num_tasks), _first)
+  return Execution(num_tasks, lift, partial(_sample_on_one_device, num_tasks), first)
 
 
 def serial(num_tasks: int) -> Execution:
@@ -151,7 +151,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     def init(params: Params) -> InnerState:
-      state = _repeated(meta_gradient.init(params), slots)
+      state = repeated(meta_gradient.init(params), slots)
       return jax.device_put(state, NamedSharding(mesh, by_slot))
 
     def one_device(
@@ -201,7 +201,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
 
     return sample_episodes
 
-  return Execution(num_tasks, lift, sample, _first, mesh)
+  return Execution(num_tasks, lift, sample, first, mesh)
 
 
 def _sample_one(
@@ -292,24 +292,6 @@ def _over_slots(
     total, rest = body(total, jax.tree.map(lambda leaf: leaf[whole:], slots))
     states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, rest)
   return total[0], states, total[1]
-
-
-def _repeated(state: InnerState, times: int) -> InnerState:
-  """A state for each slot. Keys of random numbers differ, so that slots draw different ones."""
-
-  def repeat(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-      keys = jax.vmap(partial(fold_in, leaf.reshape(-1)))(jnp.arange(times))
-      return keys.reshape(times, *leaf.shape)
-    return jnp.repeat(leaf[None], times, axis=0)
-
-  return jax.tree.map(repeat, state)
-
-
-def _first(inner_state: InnerState) -> InnerState:
-  return jax.tree.map(lambda leaf: leaf[0], inner_state)
 
 
 def _divided(tree: Any, num_tasks: int) -> Any:

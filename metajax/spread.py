@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from metajax import checks, devices
 from metajax.programs import traced
-from metajax.types import num_examples
+from metajax.types import InnerState, num_examples
 
 
 def map_tasks(
@@ -83,3 +83,22 @@ def padded(tasks: Any, num_tasks: int, slots: int) -> Any:
     return tasks
   rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
   return jax.tree.map(lambda leaf: leaf[rows], tasks)
+
+
+def repeated(state: InnerState, times: int) -> InnerState:
+  """A state for each slot. Keys of random numbers differ, so that slots draw different ones."""
+
+  def repeat(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+      keys = jax.vmap(partial(fold_in, leaf.reshape(-1)))(jnp.arange(times))
+      return keys.reshape(times, *leaf.shape)
+    return jnp.repeat(leaf[None], times, axis=0)
+
+  return jax.tree.map(repeat, state)
+
+
+def first(inner_state: InnerState) -> InnerState:
+  """The state of the first slot."""
+  return jax.tree.map(lambda leaf: leaf[0], inner_state)

@@ -1,6 +1,18 @@
-"""Shared by the tests: double precision where it is asked for, and the data that may be absent."""
+"""Shared by the tests: one compilation cache, double precision, and data that may be absent."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# Nearly all of the tests' time is compiling. Workers and child processes inherit the cache, so that
+# a program is compiled once in a session, whoever needs it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _cache = tempfile.mkdtemp(prefix="metajax-tests-")
+  atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
@@ -55,15 +67,7 @@ def mini(tmp_path):
   return folder
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-  return str(tmp_path_factory.mktemp("programs"))
-
-
 @pytest.fixture
-def glyphs(monkeypatch, splits, programs):
-  """Runs on a few glyphs, each program compiled once however many runs need it."""
+def glyphs(monkeypatch, splits):
+  """Experiments run on a few glyphs."""
   monkeypatch.setattr(build, "load", lambda recipe: splits)
-  jax.config.update("jax_compilation_cache_dir", programs)
-  yield
-  jax.config.update("jax_compilation_cache_dir", None)
