@@ -120,12 +120,20 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     nonlocal saving
     step, copy = int(state.step), copied(state)
     score = float(score) if score is not None and math.isfinite(score) else None
-    text = json.dumps({"checksums": _checksums(state), "extra": extra or {}, "score": score})
+    try:
+      beside_state = {"checksums": _checksums(state), "extra": extra or {}, "score": score}
+      text = json.dumps(beside_state, default=lambda number: number.item())
+    except (TypeError, ValueError, AttributeError) as error:
+      raise ValueError(
+        f"extra must be numbers, texts, lists and dicts of them ({error})"
+      ) from error
     beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:
       if not saving:
         clean()
         saving = True
+      if step in manager.all_steps():
+        raise FileExistsError(f"there is a checkpoint of step {step} already")
       if score is not None:
         scores[step] = score
       with _STARTING:
@@ -136,6 +144,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
           ),
           force=True,
         )
+    except FileExistsError as error:
+      raise ValueError(f"{error} in {folder}: choose another folder") from None
     except Exception as error:
       raise _unwritten(folder, error) from error
 

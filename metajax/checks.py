@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.types import Examples, LossFn, Params, num_examples
+from metajax.types import Examples, LossFn, Params, Task, num_examples
 
 
 def at_least_one(**numbers: int) -> None:
@@ -34,6 +34,15 @@ def is_apply(apply: Any) -> None:
     raise ValueError(
       f"apply must be a function (params, inputs) -> outputs, not {type(apply).__name__}: give "
       "model.apply"
+    )
+
+
+def is_task(task: Any) -> None:
+  """Checks what a task sampler returned."""
+  if not (isinstance(task, Task) and all(isinstance(part, Examples) for part in task)):
+    raise ValueError(
+      f"a task must be a metajax.Task of two metajax.Examples, not {type(task).__name__}: return "
+      "Task(Examples(inputs, targets), Examples(inputs, targets)) from sample_task"
     )
 
 

@@ -77,6 +77,7 @@ def shared_tail(schedule: Schedule) -> MakeEpisode:
   """
 
   def make_episode(key: PRNGKey, task: Task) -> Episode:
+    checks.is_task(task)
     rows = schedule(key, num_examples(task.train))
     return Episode(task.train, rows[:-1], take(task.train, rows[-1]))
 
@@ -98,6 +99,7 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
   """
 
   def make_episode(key: PRNGKey, task: Task) -> Episode:
+    checks.is_task(task)
     rows = schedule(key, num_examples(task.train))
     if rows.shape[0] < 2:
       raise ValueError(

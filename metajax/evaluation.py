@@ -167,6 +167,7 @@ def judge_part(
     state, key = shared
     task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
     task = sample_task(task_key)
+    checks.is_task(task)
     return metric(evaluate_task(state, batch_key, task), task.test.targets)
 
   over_tasks = map_tasks(judge_task, mesh, chunk=chunk)

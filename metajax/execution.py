@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metajax import checks
 from metajax.gradients import Info, MetaGradient
+from metajax.inner import finite_or_before
 from metajax.programs import traced
 from metajax.spread import chunk_or_default, first, mesh_and_spec, num_slots, padded, repeated
 from metajax.types import (
@@ -77,7 +78,7 @@ def vmapped(num_tasks: int, *, chunk: int | None = None) -> Execution:
       total, inner_state, infos = _over_slots(
         meta_gradient, params, inner_state, episodes, jnp.ones(num_tasks), chunk
       )
-      return _divided(total, num_tasks), inner_state, _divided(infos, num_tasks)
+      return _mean(total, num_tasks, params), inner_state, _divided(infos, num_tasks)
 
     return meta_gradient._replace(init=init, estimate=estimate)
 
@@ -112,10 +113,10 @@ def serial(num_tasks: int) -> Execution:
         return (inner_state, jax.tree.map(jnp.add, total, gradient)), info
 
       checks.leading_axis("episodes", episodes, num_tasks)
-      zeros = jax.tree.map(jnp.zeros_like, params)
+      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf)), params)
       (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
       info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
-      return _divided(total, num_tasks), inner_state, info
+      return _mean(total, num_tasks, params), inner_state, info
 
     return meta_gradient._replace(estimate=estimate)
 
@@ -161,7 +162,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
         meta_gradient, params, inner_state, episodes, counts, chunk
       )
       total, infos = jax.lax.psum((total, infos), mesh.axis_names)
-      return _divided(total, num_tasks), inner_state, _divided(infos, num_tasks)
+      return _mean(total, num_tasks, params), inner_state, _divided(infos, num_tasks)
 
     all_devices = jax.shard_map(
       one_device,
@@ -220,7 +221,7 @@ def _sample_on_one_device(
 
 
 def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerState, Info]]:
-  """The estimate of one task, with a check of the gradient before it is added to those of others.
+  """The estimate of one task, with its gradient checked, and as wide as it is added to others.
 
   Raises:
     ValueError: if the gradient does not have the structure and the shapes of the parameters.
@@ -231,22 +232,20 @@ def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerSt
   ) -> tuple[Params, InnerState, Info]:
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
     checks.gradient_like(params, gradient)
-    return gradient, _finite_or_before(after, inner_state), info
+    gradient = jax.tree.map(lambda g, phi: g.astype(_wide(phi)), gradient, params)
+    return gradient, finite_or_before(after, inner_state), info
 
   return estimate
 
 
-def _finite_or_before(after: InnerState, before: InnerState) -> InnerState:
-  """The state after a task; the one before it if a number is not finite.
+def _wide(params: jax.Array) -> Any:
+  """The dtype in which the gradients of tasks are added: at least float32."""
+  return jnp.promote_types(jnp.result_type(params), jnp.float32)
 
-  A task that blows up would else leave NaN in a carried state for good, even if the outer optimizer
-  skips its gradient, as `optax.apply_if_finite` does.
-  """
-  floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  if not floats:
-    return after
-  finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
-  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+
+def _mean(total: Params, num_tasks: int, params: Params) -> Params:
+  """The mean over tasks, in the dtypes of the parameters."""
+  return jax.tree.map(lambda t, phi: (t / num_tasks).astype(jnp.result_type(phi)), total, params)
 
 
 def _over_slots(

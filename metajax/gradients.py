@@ -199,7 +199,7 @@ def combine(
       learner, total = carry
       learner, step = inner_step(loss_fn, optimizer, learner, batch)
       terms = jax.tree.map(jnp.negative, step.update) if of_updates else step.grads
-      total = jax.tree.map(lambda t, term: t + weight.astype(t.dtype) * term, total, terms)
+      total = jax.tree.map(lambda t, term: t + (weight * term).astype(t.dtype), total, terms)
       return (learner, total), step.loss
 
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from metajax import checks
@@ -87,6 +88,19 @@ def begin_task(
 def end_task(optimizer: optax.GradientTransformation, learner: LearnerState) -> InnerState:
   """What the next task is handed: nothing, unless the optimizer is `carried`."""
   return learner.opt_state if isinstance(optimizer, Carried) else ()
+
+
+def finite_or_before(after: InnerState, before: InnerState) -> InnerState:
+  """The state after a task; the one before it if a number is not finite.
+
+  A task that blows up would else leave NaN in a carried state for good, even if the outer optimizer
+  skips its gradient, as `optax.apply_if_finite` does.
+  """
+  floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  if not floats:
+    return after
+  finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
 
 
 def inner_step(

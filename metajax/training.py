@@ -153,9 +153,15 @@ def train(
       new_losses = np.asarray(infos.losses)
       if not finite:
         kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
+        diverged = step + _diverging_step(new_losses)
+        advice = "lower the inner or the outer rate"
+        if diverged == 1 and not np.isfinite(new_losses[0, 0]):
+          advice = (
+            "its first loss is not finite, so see that inputs are, and that labels are classes"
+          )
         raise DivergedError(
-          f"training diverged at meta-step {step + _diverging_step(new_losses)}, its parameters "
-          f"are not finite: lower the inner or the outer rate ({kept})"
+          f"training diverged at meta-step {diverged}, its parameters are not finite: {advice} "
+          f"({kept})"
         )
       step += steps
       losses = losses.add(new_losses)

@@ -253,14 +253,14 @@ def numbers(*three):
 UNEQUAL = classes([9, 8, 6, 30, 9])
 TASKS = [
   ("ways > classes", UNEQUAL, numbers(6, 1, 1), "there are 5: lower the ways"),
-  ("shots > the smallest", UNEQUAL, numbers(5, 4, 3), "class 2 has 6: lower the shots"),
+  ("shots > the smallest", UNEQUAL, numbers(5, 4, 3), "class number 2, .* has 6: lower the shots"),
   ("no shots", UNEQUAL, numbers(5, 0, 3), "train_shots must be at least 1"),
   ("negative test", UNEQUAL, numbers(5, 1, -1), "test_shots at least 0"),
   (
     "an empty class",
     UNEQUAL._replace(sizes=jnp.array([9, 8, 6, 0, 9])),
     numbers(2, 1, 1),
-    "class 3 has 0",
+    "class number 3, .* has 0",
   ),
   (
     "rows that are not there",
@@ -692,6 +692,16 @@ CALLS = [
   ("cycling: no example", lambda: metajax.cycling(2, 3)(KEY, 0), "from 0 examples: raise the"),
   ("separate tail: k = 1", lambda: HELD_BACK(BATCH, k=1), "use num_steps >= 2, or shared_tail"),
   ("separate tail: no test", lambda: HELD_BACK(BATCH, NO_EXAMPLE), "has none: raise test_shots"),
+  (
+    "task: a tuple",
+    lambda: metajax.shared_tail(metajax.cycling(2, 3))(KEY, (BATCH, BATCH)),
+    "must be a metajax.Task of two metajax.Examples, not tuple: return",
+  ),
+  (
+    "task: arrays",
+    lambda: metajax.shared_tail(metajax.cycling(2, 3))(KEY, metajax.Task(PHI, PHI)),
+    "must be a metajax.Task of two metajax.Examples",
+  ),
   ("task: lengths differ", lambda: SHARED(SHORT), "as many targets as inputs"),
   ("task: test lengths differ", lambda: HELD_BACK(BATCH, SHORT), "as many targets as inputs"),
   ("labels: floats", lambda: cross_entropy(jnp.zeros(4)), "integers .* number of its class"),

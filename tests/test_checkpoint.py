@@ -208,6 +208,22 @@ def test_at_least_one_is_kept(tmp_path):
     checkpoints(tmp_path, keep=0)
 
 
+def test_a_step_is_saved_once(tmp_path, states):
+  with checkpoints(tmp_path) as saved:
+    saved.save(states[0])
+    with pytest.raises(ValueError, match=r"there is a checkpoint of step 1 already in .*: choose"):
+      saved.save(states[0])
+  equal(restored(tmp_path).state, states[0])
+
+
+def test_extra_may_hold_numpy_scalars_and_nothing_that_json_does_not(tmp_path, states):
+  with checkpoints(tmp_path) as saved:
+    saved.save(states[0], {"loss": np.float32(0.5), "count": np.int64(3)})
+    with pytest.raises(ValueError, match="extra must be numbers, texts, lists and dicts"):
+      saved.save(states[1], {"state": object()})
+  assert restored(tmp_path).extra == {"loss": 0.5, "count": 3}
+
+
 def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
   with metajax.checkpoint.checkpoints(tmp_path) as saved:
     saved.save(states[0], {"seconds": 2.0})

@@ -207,3 +207,42 @@ def test_gradients_are_means_over_tasks():
   together, _ = estimates(metajax.vmapped(T).lift(one), rounds=1)
   alone = [one.estimate(PARAMS, (), problems.episode(seed, k=3))[0] for seed in range(T)]
   np.testing.assert_allclose(together[0], jnp.mean(jnp.stack(alone), axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("execution", [metajax.vmapped, metajax.serial, metajax.sharded])
+def test_gradients_of_bfloat16_parameters_are_added_in_float32(execution):
+  """Float64 does the same sum; bfloat16 would lose most of what 40 small gradients add."""
+  num_tasks = 40
+  numbers = np.random.default_rng(0).normal(1.0, 0.01, num_tasks).astype(jnp.bfloat16)
+  episodes = jax.tree.map(
+    lambda leaf: jnp.repeat(leaf[None], num_tasks, axis=0), problems.episode(0, k=2)
+  )
+  episodes = episodes._replace(tail=metajax.Examples(jnp.asarray(numbers), jnp.asarray(numbers)))
+  own = metajax.MetaGradient(
+    init=lambda params: (),
+    estimate=lambda params, state, episode: (
+      jnp.full_like(params, episode.tail.inputs),
+      state,
+      metajax.Info(jnp.zeros(2)),
+    ),
+    adapt=lambda params, state, examples, schedule: params,
+  )
+  params = jnp.ones(3, jnp.bfloat16)
+  gradient, _, _ = jax.jit(execution(num_tasks).lift(own).estimate)(params, (), episodes)
+  assert gradient.dtype == jnp.bfloat16
+  expected = numbers.astype(np.float64).mean()
+  np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=2**-8)
+
+
+@pytest.mark.parametrize("execution", [metajax.vmapped, metajax.serial])
+@pytest.mark.parametrize("name", ["reptile", "combine"])
+def test_bfloat16_parameters_and_float32_rates(name, execution):
+  loss, rate = problems.softmax_loss(), jnp.float32(0.1)
+  gradient = {
+    "reptile": lambda: metajax.reptile(loss, optax.sgd(rate), stepsize=rate),
+    "combine": lambda: metajax.combine(loss, optax.sgd(rate), jnp.ones(3, jnp.float32)),
+  }[name]()
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5, momentum=0.9), execution(2))
+  state = learner.init(problems.weights().astype(jnp.bfloat16))
+  after, _ = jax.jit(learner.step)(state, problems.episodes((0, 1), k=3))
+  assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)

@@ -125,6 +125,14 @@ def test_divergence_names_the_meta_step_and_keeps_what_was_finite(tmp_path):
     train(LEARNER._replace(step=step))
 
 
+def test_a_run_whose_first_loss_is_nan_is_told_to_look_at_its_data():
+  """Labels of 3 classes for a network of 2 outputs; no rate would help."""
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+  with pytest.raises(training.DivergedError, match=r"at meta-step 1, .* labels are classes"):
+    train(learner, learner.init(problems.weights()[:, :2]))
+
+
 @pytest.mark.parametrize(
   ("bad", "step"), [({}, 4), ({(2, 1): np.nan}, 3), ({(2, 0): np.inf}, 2), ({(0, 0): np.nan}, 1)]
 )

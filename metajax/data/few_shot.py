@@ -55,7 +55,10 @@ def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
       f"inputs {inputs.shape} and labels {labels.shape} must be [m, ...] and [m], with m >= 1"
     )
   if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f"labels must be integers, not {labels.dtype}")
+    raise ValueError(
+      f"labels must be integers, not {labels.dtype}: number the classes, for example by "
+      "np.unique(labels, return_inverse=True)[1]"
+    )
   inputs = _stored(inputs)
   order = np.argsort(labels, kind="stable")
   _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -115,8 +118,8 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   smallest, largest = int(np.argmin(sizes)), int(np.max(sizes))
   if sizes[smallest] < shots:
     raise ValueError(
-      f"a task needs {shots} examples of each class, and class {smallest} has {sizes[smallest]}: "
-      "lower the shots"
+      f"a task needs {shots} examples of each class, and class number {smallest}, counted from 0 "
+      f"in the order of the labels, has {sizes[smallest]}: lower the shots"
     )
 
   classes = jax.tree.map(jnp.asarray, classes)  # they may be NumPy arrays
