@@ -35,9 +35,8 @@ class Experiment(NamedTuple):
 
 def load(recipe: Recipe) -> metajax.data.Splits:
   """Reads the data set."""
-  return _load(
-    recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, recipe.seed
-  )
+  seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+  return _load(recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, seed)
 
 
 @lru_cache(maxsize=2)  # for many runs in one process

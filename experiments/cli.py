@@ -1,7 +1,6 @@
 """The command line of the experiments: flags made from settings, processes, and signals."""
 
 import os
-import re
 import signal
 import sys
 import textwrap
@@ -17,6 +16,7 @@ from jax.experimental import multihost_utils
 
 import metajax
 from experiments import folders, jobs
+from experiments.processes import Processes, join
 from experiments.settings import Settings, as_text, kind_of, option
 
 Program = Callable[..., Callable[[], Any]]
@@ -42,32 +42,6 @@ class Run(Settings):
       raise ValueError("--plot_only draws what --out holds, --fresh starts over: give one of them")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processes(Settings):
-  """Several processes that share one run; see experiments/devices.md."""
-
-  distributed: bool = option(False,
-    "This is one of several processes, as Slurm or a cloud TPU announces it.")
-  coordinator_address: str | None = option(None, "HOST:PORT of process 0.")
-  num_processes: int | None = option(None, "How many processes share the run.", at_least=1)
-  process_id: int | None = option(None, "Which of them this is, from 0.", at_least=0)
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    given = [self.coordinator_address, self.num_processes, self.process_id]
-    if given == [None] * 3:
-      return
-    if self.distributed or None in given:
-      raise ValueError(
-        "--coordinator_address, --num_processes and --process_id go together, without --distributed"
-      )
-    if not re.fullmatch(r".+:\d+", self.coordinator_address or ""):
-      raise ValueError(f"--coordinator_address={self.coordinator_address} must be HOST:PORT")
-    if (self.process_id or 0) >= (self.num_processes or 0):
-      raise ValueError(
-        f"--process_id={self.process_id} must be from 0 to --num_processes={self.num_processes} "
-        "less 1"
-      )
 # fmt: on
 
 
@@ -260,28 +234,6 @@ def _end(message: str, code: int) -> NoReturn:
   if jax.distributed.is_initialized():
     os._exit(code)
   sys.exit(code)
-
-
-def join(processes: Processes) -> None:
-  """Makes this process one of several that share a run, if the flags say so."""
-  if processes.coordinator_address is not None:
-    arguments: tuple[Any, ...] = (
-      processes.coordinator_address,
-      processes.num_processes,
-      processes.process_id,
-    )
-  elif processes.distributed:
-    arguments = ()
-  else:
-    return
-  try:
-    jax.distributed.initialize(*arguments)
-  except RuntimeError as error:
-    why = str(error).splitlines()[0]
-    raise ValueError(
-      f"the processes do not find each other ({why}): see that the coordinator's address is right "
-      "and its port free"
-    ) from error
 
 
 def _prepared(

@@ -62,6 +62,10 @@ class Training(Settings):
     "Whether inner steps move the scales and offsets of batch normalization. In Finn et al. they "
     "do not. Reptile never learns what they do not move.")
   seed: int = option(0, "Determines everything random.", at_least=0)
+  data_seed: int | None = option(None,
+    "Determines the split of the data and the tasks that learners are judged on; by default "
+    "--seed. If it is given, several --seeds differ only in initialization and training.",
+    at_least=0)
   eval_every: int = option(200,
     "Meta-steps between two points of the learning curve. The state is saved at each.", at_least=1)
   curve_tasks: int = option(50, "Tasks of each split at each point of the curve.", at_least=2)

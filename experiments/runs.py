@@ -89,8 +89,11 @@ class Keys(NamedTuple):
 
 
 def keys_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> Keys:
-  keys = jax.random.split(jax.random.key(recipe.seed), 4)
-  return metajax.programs.on_mesh(Keys(*keys), mesh)
+  keys = Keys(*jax.random.split(jax.random.key(recipe.seed), 4))
+  if recipe.data_seed is not None:
+    *_, curve, test = jax.random.split(jax.random.key(recipe.data_seed), 4)
+    keys = keys._replace(curve=curve, test=test)
+  return metajax.programs.on_mesh(keys, mesh)
 
 
 def judge_of(experiment: Experiment, folder: RunFolder, label: str) -> Callable[..., Any]:

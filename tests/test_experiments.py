@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from experiments import (
   plots,
   runs,
 )
-from experiments.recipes import Recipe
+from experiments.recipes import PRESETS, Recipe
 from tests.problems import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,6 +364,26 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
   drawn = few_shot.program(cli.Run(out=str(out), plot_only=True), few_shot.Choice(), tiny())
   (log,) = drawn.args[0]
   assert len(log) > 1
+
+
+def test_a_data_seed_fixes_the_data_and_the_tasks_that_learners_are_judged_on(monkeypatch):
+  mesh = metajax.task_mesh()
+  load = lambda **changes: (
+    build.load(replace(PRESETS["glyphs_5way_reptile"], **changes)).test.inputs
+  )
+  keys = lambda **changes: jax.tree.map(jax.random.key_data, runs.keys_of(tiny(**changes), mesh))
+  monkeypatch.setattr(
+    metajax.data.glyphs, "load", partial(metajax.data.glyphs.load, train_classes=2, test_classes=2)
+  )
+  build._load.cache_clear()
+  drawn = [load(seed=3), load(seed=7, data_seed=3), load(seed=7)]
+  build._load.cache_clear()
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert (drawn[0] != drawn[2]).any()
+  three, seven, mixed = keys(seed=3), keys(seed=7), keys(seed=7, data_seed=3)
+  for use, source in {"init": seven, "train": seven, "curve": three, "test": three}.items():
+    np.testing.assert_array_equal(getattr(mixed, use), getattr(source, use))
+    assert (getattr(three, use) != getattr(seven, use)).any()
 
 
 def test_only_runs_that_spread_their_tasks_take_all_devices():

@@ -11,6 +11,7 @@ from absl import flags
 
 import metajax
 from experiments import build, cli, combinations, few_shot, overlap
+from experiments.processes import Processes
 from experiments.recipes import PRESETS, Cost, Judging, Recipe, Training
 from experiments.settings import Settings, as_text, option, values_of
 from tests.test_experiments import fake_images, trace
@@ -199,7 +200,7 @@ def test_every_setting_belongs_to_one_group():
 )
 def test_processes_are_named_by_all_three_flags(changes, message):
   with pytest.raises(ValueError, match=message):
-    cli.Processes(**changes)
+    Processes(**changes)
 
 
 def test_a_split_that_is_not_there_is_refused(blank):
@@ -217,7 +218,7 @@ def test_help_lists_every_flag_and_preset():
   command = [sys.executable, "-m", "experiments.few_shot", "--help"]
   ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert ended.returncode == 0 and ended.stderr == ""
-  for group in (few_shot.Choice, Recipe, cli.Run, cli.Processes):
+  for group in (few_shot.Choice, Recipe, cli.Run, Processes):
     for setting in dataclasses.fields(group):
       assert f"--{setting.name}" in ended.stdout or f"--[no]{setting.name}" in ended.stdout
   assert all(name in ended.stdout for name in PRESETS)

@@ -1,0 +1,61 @@
+"""Several processes, on one host or many, that share one run."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from experiments.settings import Settings, option
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class Processes(Settings):
+  """Several processes that share one run; see experiments/devices.md."""
+
+  distributed: bool = option(False,
+    "This is one of several processes, as Slurm or a cloud TPU announces it.")
+  coordinator_address: str | None = option(None, "HOST:PORT of process 0.")
+  num_processes: int | None = option(None, "How many processes share the run.", at_least=1)
+  process_id: int | None = option(None, "Which of them this is, from 0.", at_least=0)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    given = [self.coordinator_address, self.num_processes, self.process_id]
+    if given == [None] * 3:
+      return
+    if self.distributed or None in given:
+      raise ValueError(
+        "--coordinator_address, --num_processes and --process_id go together, without --distributed"
+      )
+    if not re.fullmatch(r".+:\d+", self.coordinator_address or ""):
+      raise ValueError(f"--coordinator_address={self.coordinator_address} must be HOST:PORT")
+    if (self.process_id or 0) >= (self.num_processes or 0):
+      raise ValueError(
+        f"--process_id={self.process_id} must be from 0 to --num_processes={self.num_processes} "
+        "less 1"
+      )
+# fmt: on
+
+
+def join(processes: Processes) -> None:
+  """Makes this process one of several that share a run, if the flags say so."""
+  if processes.coordinator_address is not None:
+    arguments: tuple[Any, ...] = (
+      processes.coordinator_address,
+      processes.num_processes,
+      processes.process_id,
+    )
+  elif processes.distributed:
+    arguments = ()
+  else:
+    return
+  try:
+    jax.distributed.initialize(*arguments)
+  except RuntimeError as error:
+    why = str(error).splitlines()[0]
+    raise ValueError(
+      f"the processes do not find each other ({why}): see that the coordinator's address is right "
+      "and its port free"
+    ) from error
