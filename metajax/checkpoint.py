@@ -71,10 +71,10 @@ class Checkpoints(NamedTuple):
 
 
 def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
-  """Opens a folder of checkpoints, and creates it if it does not exist.
+  """Opens a folder of checkpoints, which need not exist.
 
-  If several processes share a run, all of them call this together. Nothing in the folder changes
-  before the first save, so a folder can be opened for reading while a run writes to it.
+  If several processes share a run, all of them call this together. Nothing changes before the first
+  save, which creates the folder; so it can be opened for reading while a run writes to it.
 
   Args:
     folder: the folder of the checkpoints.
@@ -85,7 +85,9 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   """
   checks.at_least_one(keep=keep)
   folder, scores = Path(folder).absolute(), dict[int, float]()
-  options = ocp.CheckpointManagerOptions(preservation_policy=_NewestAndBest(keep, scores))
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=_NewestAndBest(keep, scores), create=False
+  )
   manager = ocp.CheckpointManager(folder, options=options)
   damaged: dict[int, str] = {}
   saving = False
@@ -122,6 +124,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     score = float(score) if score is not None and math.isfinite(score) else None
     try:
       beside_state = {"checksums": _checksums(state), "extra": extra or {}, "score": score}
+      beside_state["leaves"] = _described(state)
       text = json.dumps(beside_state, default=lambda number: number.item())
     except (TypeError, ValueError, AttributeError) as error:
       raise ValueError(
@@ -130,6 +133,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:
       if not saving:
+        folder.mkdir(parents=True, exist_ok=True)
         clean()
         saving = True
       if step in manager.all_steps():
@@ -152,6 +156,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   def load(step: int, like: MetaState) -> Saved:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     beside = content(step)
+    _check_leaves(beside.get("leaves"), _described(like))
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
     ]
@@ -229,6 +234,26 @@ def _unwritten(folder: Path, error: Exception) -> OSError:
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _described(state: MetaState) -> dict[str, str]:
+  """The shape and dtype of every leaf, by its name in the state."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    jax.tree_util.keystr(path).lstrip("."): str(jax.typeof(jnp.asarray(leaf)))
+    for path, leaf in leaves
+  }
+
+
+def _check_leaves(saved: dict[str, str] | None, expected: dict[str, str]) -> None:
+  """Says how a saved state differs from the expected one, before Orbax fails to read it."""
+  if saved is None or saved == expected:
+    return
+  name = next(n for n in {**expected, **saved} if saved.get(n) != expected.get(n))
+  raise ValueError(
+    f"its {name} is {saved.get(name, 'missing')}, and {expected.get(name, 'nothing')} is expected: "
+    "restore it with the model and the optimizers that it was saved with"
+  )
 
 
 def _checksums(state: MetaState) -> list[int]:

@@ -200,12 +200,20 @@ def test_a_state_of_another_shape_is_refused_and_nothing_removed(tmp_path, of_th
   other = START._replace(params=jnp.zeros(3))
   message = restored(tmp_path / "run", like=other)
   assert re.match("no checkpoint of .* can be restored", message) and "\n" not in message
+  assert "its params is float32[4,3], and float32[3] is expected: restore it with" in message
   assert {path.name for path in (tmp_path / "run").iterdir()} == {"1", "2", "3"}
 
 
 def test_at_least_one_is_kept(tmp_path):
   with pytest.raises(ValueError, match="keep must be at least 1"):
     checkpoints(tmp_path, keep=0)
+
+
+def test_a_folder_is_not_made_before_something_is_saved(tmp_path, states):
+  assert restored(tmp_path / "a" / "run") is None and not (tmp_path / "a").exists()
+  with checkpoints(tmp_path / "a" / "run") as saved:
+    saved.save(states[0])
+  equal(restored(tmp_path / "a" / "run").state, states[0])
 
 
 def test_a_step_is_saved_once(tmp_path, states):
