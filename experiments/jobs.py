@@ -73,8 +73,7 @@ def train(
       **options,
     )
   except StoppedError as error:
-    where = f"{error} of {folder.path}"
-    raise StoppedError(f"{where}: the same command goes on from there") from error
+    raise StoppedError(f"{error}: the same command goes on from there") from error
   except DivergedError as error:
     raise DivergedError(f"{folder.path}: {error}") from error
 

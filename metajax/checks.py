@@ -1,6 +1,6 @@
 """Checks of shapes, dtypes and ranges. Each raises a ValueError of one line that says what to do.
 
-They read shapes and dtypes only, so that they work on traced values and cost nothing at run time.
+Of traced values they read shapes and dtypes only, so that they cost nothing in a compiled program.
 """
 
 from typing import Any

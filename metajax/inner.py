@@ -91,10 +91,10 @@ def end_task(optimizer: optax.GradientTransformation, learner: LearnerState) -> 
 
 
 def finite_or_before(after: InnerState, before: InnerState) -> InnerState:
-  """The state after a task; the one before it if a number is not finite.
+  """Returns the state after a task, or the state before it if that holds NaN or infinity.
 
-  A task that blows up would else leave NaN in a carried state for good, even if the outer optimizer
-  skips its gradient, as `optax.apply_if_finite` does.
+  Otherwise a task that blows up would leave NaN in a carried state for good, even if the outer
+  optimizer skips its gradient, as `optax.apply_if_finite` does.
   """
   floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
   if not floats:
