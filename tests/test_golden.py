@@ -4,7 +4,13 @@ Each outer step starts from the recorded state. Batch normalization cancels the 
 biases, so they are left out: their gradients are rounding noise, which Adam blows up. On some steps
 a ReLU sits at a tie on the constant background and tips over for all of it: so of the steps of a
 case the best must agree closely, and all of them in direction.
+
+`reptile_sgd_step.npz` holds the first step of the case `reptile_sgd`, so that one trace is compared
+wherever the tests run: the parameters before it, its images packed into bits, and every 16th entry
+of each parameter array after it.
 """
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +29,7 @@ CASES = {
   "fomaml_separate_tail_adam": ("last", "adam"),
 }
 OUTER_STEPS = 3
+THINNED = 16  # of so many entries, `reptile_sgd_step.npz` has the first
 MODEL = metajax.models.omniglot(5)
 LOSS = metajax.losses.cross_entropy(MODEL.apply, reduction="sum")
 INNER = {  # as in the authors' code, which hands the state from task to task
@@ -103,9 +110,8 @@ def compare(actual, expected):
   return error, cosine
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outer_steps(case, shared):
-  trace = Trace(shared(f"golden/{case}.npz"))
+def step_of(case, num_tasks):
+  """The learner of a case, and its jitted meta-step."""
   algorithm, optimizer = CASES[case]
   if algorithm == "reptile":
     one = metajax.reptile(LOSS, INNER[optimizer])
@@ -113,9 +119,28 @@ def test_outer_steps(case, shared):
     one = metajax.combine(LOSS, INNER[optimizer], [0, 0, 1], of_updates=True)
   # The outer step is 0.5 (1 - i / 3).
   outer = optax.sgd(optax.linear_schedule(0.5, 0.0, OUTER_STEPS))
-  num_tasks = trace.arrays["batches/inputs"].shape[1]
   learner = metajax.meta_learner(one, outer, metajax.serial(num_tasks))
-  step_fn = jax.jit(learner.step)
+  return learner, jax.jit(learner.step)
+
+
+def test_a_step_of_reptile():
+  trace = Trace(Path(__file__).with_name("reptile_sgd_step.npz"))
+  packed = trace.arrays["batches/inputs"]
+  trace.arrays["batches/inputs"] = np.unpackbits(packed, axis=-1, count=28)
+  learner, step_fn = step_of("reptile_sgd", packed.shape[1])
+  before = trace.tree(0)
+  after, _ = step_fn(learner.init(before), trace.episodes(1))
+  thin = lambda tree: flat(jax.tree.map(lambda leaf: leaf.reshape(-1)[::THINNED], tree))
+  error, cosine = compare(thin(after.params) - thin(before), flat(trace.tree(1)) - thin(before))
+  assert error < 1e-3
+  assert cosine > 0.999999
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outer_steps(case, shared):
+  trace = Trace(shared(f"golden/{case}.npz"))
+  optimizer = CASES[case][1]
+  learner, step_fn = step_of(case, trace.arrays["batches/inputs"].shape[1])
   found = []
   for step in range(1, OUTER_STEPS + 1):
     before = trace.tree(step - 1)
