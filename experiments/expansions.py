@@ -167,20 +167,15 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
 
   Outer steps toward the line and toward the circle alternate. Their rate falls linearly to 0.
   """
-  projections = (to_line, to_circle)
-  distances = [theory.half_squared_distance(project) for project in projections]
-  mean = lambda phi: sum(distance(phi) for distance in distances) / 2
+  distances = [theory.half_squared_distance(project) for project in (to_line, to_circle)]
+  mean = jax.jit(lambda phi: sum(distance(phi) for distance in distances) / 2)
+  toward = [jax.jit(partial(_displacement, project)) for project in (to_line, to_circle)]
   phi = jnp.array([-2.6, 1.6])
   path, means, apart = [phi.tolist()], [float(mean(phi))], 0.0
   for step in range(steps):
     _stop_if_asked()
-    distance, project = distances[step % 2], projections[step % 2]
-    gradient = jax.grad(distance)(phi)
-    # Differentiating through the projection as well gives the same gradient: the projection moves
-    # along the solutions, at right angles to the step.
-    through = jax.grad(lambda phi, p=project: 0.5 * jnp.sum(jnp.square(phi - p(phi))))(phi)
-    displacement = phi - project(phi)
-    apart = max(apart, *(float(jnp.abs(g - displacement).max()) for g in (gradient, through)))
+    displacement, difference = toward[step % 2](phi)
+    apart = max(apart, float(difference))
     phi = phi - outer_rate * (1 - step / steps) * displacement
     path.append(phi.tolist())
     means.append(float(mean(phi)))
@@ -194,15 +189,29 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
   }
 
 
+def _displacement(
+  project: Callable[[jax.Array], jax.Array], phi: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """phi minus its projection, and how far the gradients of half the squared distance are from it.
+
+  Differentiating through the projection as well gives the same gradient: the projection moves along
+  the solutions, at right angles to the step.
+  """
+  displacement = phi - project(phi)
+  through = lambda phi: 0.5 * jnp.sum(jnp.square(phi - project(phi)))
+  gradients = [jax.grad(half)(phi) for half in (theory.half_squared_distance(project), through)]
+  return displacement, jnp.abs(jnp.stack(gradients) - displacement).max()
+
+
+@jax.jit
 def _optimum(phi: jax.Array) -> jax.Array:
   """The point of least mean squared distance, by Newton's method.
 
   Derivatives are taken through the projections.
   """
   square = lambda phi: sum(jnp.sum(jnp.square(phi - p(phi))) for p in (to_line, to_circle))
-  for _ in range(50):
-    phi = phi - jnp.linalg.solve(jax.hessian(square)(phi), jax.grad(square)(phi))
-  return phi
+  newton = lambda _, phi: phi - jnp.linalg.solve(jax.hessian(square)(phi), jax.grad(square)(phi))
+  return jax.lax.fori_loop(0, 50, newton, phi)
 
 
 def draw_expansions(result: dict[str, Any], path: Path) -> None:

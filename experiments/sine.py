@@ -91,17 +91,30 @@ def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
 
 def judge(params: Any, key: jax.Array, num_tasks: int) -> dict[str, list[float]]:
   """The mean loss over new waves after each number of steps, with its 95 % interval."""
-  sample = metajax.data.sine.sample_task()
-  keys = jax.random.split(key, num_tasks)
-  losses = _LOSSES(params, jax.vmap(sample)(keys))
-  summary = [metajax.mean_and_interval(column) for column in np.asarray(losses).T]
+  losses = np.asarray(_losses(params, key, num_tasks))
+  summary = [metajax.mean_and_interval(column) for column in losses.T]
   return {
     "loss": [round(cell.mean, 6) for cell in summary],
     "interval95": [round(cell.interval, 6) for cell in summary],
   }
 
 
-_LOSSES = jax.jit(jax.vmap(lambda params, task: adapt(params, task)[1], in_axes=(None, 0)))
+_sample = jax.jit(metajax.data.sine.sample_task())
+
+
+@partial(jax.jit, static_argnames="num_tasks")
+def _losses(params: Any, key: jax.Array, num_tasks: int) -> jax.Array:
+  """The losses on every wave, `[num_tasks, 33]`."""
+  tasks = jax.vmap(metajax.data.sine.sample_task())(jax.random.split(key, num_tasks))
+  return jax.vmap(lambda task: adapt(params, task)[1])(tasks)
+
+
+@jax.jit
+def _fitted(params: Any, wave: metajax.Task) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The predictions before and after the adaptation, and the losses on the way."""
+  adapted, losses = adapt(params, wave)
+  before, after = (MODEL.apply(phi, wave.test.inputs)[:, 0] for phi in (params, adapted))
+  return before, after, losses
 
 
 class Keys(NamedTuple):
@@ -120,15 +133,13 @@ def keys_of(seed: int) -> Keys:
 
 def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
   """The entry of an initialization in result.json: its losses, and its lines in Figure 1."""
-  wave = metajax.data.sine.sample_task()(keys.figure)
-  adapted, losses = jax.jit(adapt)(params, wave)
-  line = lambda params: np.asarray(MODEL.apply(params, wave.test.inputs)[:, 0])
+  before, after, losses = map(np.asarray, _fitted(params, _sample(keys.figure)))
   return {
     **judge(params, keys.test, num_tasks),
-    "largest_prediction_before": round(float(np.abs(line(params)).max()), 6),
+    "largest_prediction_before": round(float(np.abs(before).max()), 6),
     "figure1": {
-      "before": line(params).round(5).tolist(),
-      "after": line(adapted).round(5).tolist(),
+      "before": before.round(5).tolist(),
+      "after": after.round(5).tolist(),
       "losses": [round(float(losses[0]), 6), round(float(losses[-1]), 6)],
     },
   }
@@ -188,7 +199,7 @@ def run(waves: Waves, seeds: int, folder: folders.RunFolder) -> dict[str, Any]:
     start = report_on(jax.jit(MODEL.init)(keys.init), keys, waves.eval_tasks)
     by_seed.append({"random": start} | {name: next(trained) for name in methods()})
   keys = keys_of(waves.seed)
-  wave = metajax.data.sine.sample_task()(keys.figure)
+  wave = _sample(keys.figure)
   column = lambda values: np.asarray(values)[:, 0].round(5).tolist()
   result: dict[str, Any] = {
     "methods": {name: _over_seeds([found[name] for found in by_seed]) for name in by_seed[0]},

@@ -263,6 +263,7 @@ def _over_slots(
   slots = (inner_state, episodes, counts)
   available = counts.shape[0]
 
+  @partial(jax.jit, inline=True)  # so that it is traced once, for its shapes and in the scan
   def together(slots: Any) -> tuple[tuple[Params, Info], InnerState]:
     inner_state, episodes, counts = slots
     gradients, inner_state, infos = jax.vmap(_checked(meta_gradient), in_axes=(None, 0, 0))(

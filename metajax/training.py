@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -88,6 +90,9 @@ def train(
   and ends with bit-identical parameters. Data that the samplers close over becomes an argument of
   the compiled programs.
 
+  Parameters of fewer than 32 bits, such as bfloat16, are tried at the start: a warning says so if
+  they lose most of a meta-step to rounding.
+
   Args:
     learner: from `meta_learner`.
     sample_task: `key -> Task`, traceable by JAX.
@@ -130,6 +135,8 @@ def train(
     if found is not None:
       state, seconds = found.state, found.extra["seconds"]
       losses = Losses(*found.extra.get("losses", ()))
+    elif not all(_has_32_bits(leaf) for leaf in jax.tree.leaves(state.params)):
+      _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
     step = last_saved = int(state.step)
     # Every record has a copy of the state, since the next meta-step uses the memory of this one.
     record = Record(step, copied(state), [], seconds, restored=found is not None)
@@ -185,6 +192,36 @@ def _closing(saved: Any) -> Callable[..., None]:
       saved.close()
 
   return close
+
+
+def _has_32_bits(leaf: jax.Array) -> bool:
+  return bool(jnp.finfo(leaf.dtype).bits >= 32)
+
+
+def _warn_if_steps_are_lost(
+  learner: MetaLearner,
+  one_step: Callable[..., Any],
+  mesh: Mesh,
+  state: MetaState,
+  key: PRNGKey,
+) -> None:
+  """Compares the direction of the first meta-step with that of the same step in float32."""
+  wide = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+  def moved(state: MetaState, key: PRNGKey) -> jax.Array:
+    after = one_step(state, key)[0].params
+    return ravel_pytree(jax.tree.map(jnp.subtract, wide(after), wide(state.params)))[0]
+
+  exact = on_mesh(learner.init(wide(state.params))._replace(step=state.step), mesh)
+  a, b = (np.asarray(compiled(moved, mesh, start, key)(start, key)) for start in (state, exact))
+  cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), np.finfo(np.float32).tiny)
+  if cosine < 0.9:
+    warnings.warn(
+      "steps are too small for parameters of fewer than 32 bits, and most of them is rounded away: "
+      f"the cosine between the first meta-step and the same step in float32 is {cosine:.2f}. Keep "
+      "the parameters in float32, and let the network compute in fewer bits",
+      stacklevel=3,
+    )
 
 
 def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:

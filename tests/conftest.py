@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Nearly all of the tests' time is compiling. Workers and child processes inherit the cache, so that
@@ -14,12 +15,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Programs of the tests are small: it pays to compile them fast rather than well.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+_flags = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # later ones do not know this flag
+  _flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 
 import jax
 import pytest
 from archives import CHARACTERS, members, write_tar
 
+import metajax
 from experiments import build
 from metajax.data import glyphs as drawn_glyphs
 from metajax.data import omniglot
@@ -27,6 +32,13 @@ from metajax.data import omniglot
 jax.config.update("jax_num_cpu_devices", 4)  # devices to spread tasks over; one is used by default
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Otherwise a process holds the programs of all its tests in the end, gigabytes of them."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture
@@ -70,6 +82,25 @@ def mini(tmp_path):
 
 
 @pytest.fixture
-def glyphs(monkeypatch, splits):
-  """Experiments run on a few glyphs."""
+def linear_network(monkeypatch):
+  """Experiments have a linear network, which compiles in no time."""
+
+  def linear(recipe):
+    init = lambda key: {"kernel": jax.random.normal(key, (28 * 28, recipe.ways))}
+    apply = lambda params, images: (images - 0.5).reshape(-1, 28 * 28) @ params["kernel"] / 28
+    return metajax.Model(init, apply)
+
+  monkeypatch.setattr(build, "_model", linear)
+
+
+@pytest.fixture
+def glyphs(monkeypatch, splits, linear_network):
+  """Experiments run on a few glyphs, with a linear network."""
   monkeypatch.setattr(build, "load", lambda recipe: splits)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """For what does not depend on how many there are: a program is compiled for each device."""
+  devices = jax.devices()
+  monkeypatch.setattr(jax, "devices", lambda: devices[:1])

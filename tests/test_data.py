@@ -182,8 +182,10 @@ def test_a_failed_download_says_what_to_do(tmp_path, small_omniglot, monkeypatch
   assert "\n" not in str(error.value)
 
 
-def test_the_real_omniglot(shared, tmp_path):
+def test_the_real_omniglot(shared, tmp_path, monkeypatch):
   folder = shared("data/omniglot")
+  drawings = omniglot._drawings(folder, tmp_path)  # once, for both protocols
+  monkeypatch.setattr(omniglot, "_drawings", lambda *_: drawings)
   splits = omniglot.load(folder, cache_dir=tmp_path)
   assert splits.train.inputs.shape == (4800 * 20, 28, 28, 1)
   assert splits.test.inputs.shape == (423 * 20, 28, 28, 1)

@@ -45,7 +45,7 @@ def fake_images(classes, size=20, shape=(28, 28, 1)):
 
 
 def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
-  tmp_path, glyphs, splits, monkeypatch
+  tmp_path, glyphs, one_device, splits, monkeypatch
 ):
   whole = execute(tiny(), tmp_path / "whole")
   append = folders.RunFolder.append
@@ -93,7 +93,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   assert set(result["cells"]) == CELLS
   assert all(cell["tasks"] == 4 and 0 <= cell["accuracy"] <= 1 for cell in result["cells"].values())
   assert result["meta_steps"] == 4 and result["meta_steps_per_second"] > 0
-  assert result["parameters"] == 2 * (9 + 3) + 3 * (36 + 6) + 8 * 3 + 3
+  assert result["parameters"] == 28 * 28 * 3
   assert {"jax", "metajax", "python"} <= set(result["versions"])
 
   with pytest.raises(ValueError, match=r"then --inner_rate=0.001; now --inner_rate=0.002"):
@@ -114,7 +114,9 @@ def left_behind(out):
   return [timeless(one) for lines in files for one in lines], timeless(folders.finished(out))
 
 
-def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(tmp_path, glyphs, monkeypatch):
+def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(
+  tmp_path, glyphs, one_device, monkeypatch
+):
   long = {"eval_tasks": 60, "eval_every": 3, "steps_per_call": 1}
   execute(tiny(**long), tmp_path / "whole")
   out, asked = tmp_path / "stopped", iter([])
@@ -153,7 +155,7 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, mo
   assert set(guessed["cells"]) == CELLS and "diverged at meta-step 3" in guessed["diverged"]
 
 
-def test_a_run_is_judged_again_without_training(tmp_path, glyphs, monkeypatch, capsys):
+def test_a_run_is_judged_again_without_training(tmp_path, glyphs, one_device, monkeypatch, capsys):
   """A complete one or one under way; more tasks are added to those that are there."""
   recipe, out = tiny(eval_tasks=25, eval_every=1, curve_splits=("train", "test")), tmp_path / "run"
   execute(recipe, out)
@@ -194,7 +196,7 @@ def test_a_run_is_judged_again_without_training(tmp_path, glyphs, monkeypatch, c
     few_shots(recipe, judge="newest", out=str(tmp_path / "nothing"))
 
 
-def test_the_runs_of_all_seeds_are_judged_again(tmp_path, glyphs, capsys):
+def test_the_runs_of_all_seeds_are_judged_again(tmp_path, glyphs, one_device, capsys):
   recipe = tiny(curve_splits=("test",), meta_steps=2, seed=3)
   few_shots(recipe, out=str(tmp_path), seeds=2)
   with pytest.raises(ValueError, match="has no best checkpoint yet"):  # nothing to choose it by
@@ -288,7 +290,7 @@ VARIANTS = [
   {"algorithm": "joint", "loss_reduction": "mean", "inner_optimizer": "sgd"},
   {"algorithm": "fomaml", "tail": "separate", "outer_optimizer": "adam", "outer_rate_final": 0.1},
   {"algorithm": "fomaml", "execution": "chunked", "chunk": 2, "outer_clip": 10.0},
-  {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "network": "finn"},
+  {"algorithm": "maml", "inner_optimizer": "sgd", "network": "finn"},
   {"algorithm": "fomaml", "adapt_norm": False, "execution": "serial"},
   {"algorithm": "maml", "inner_eps_root": 1e-8, "execution": "serial", "inner_state": "fresh"},
   {"algorithm": "combine", "weights": (0.5, 2.0), "eval_shots": (1, 2)},
@@ -296,8 +298,10 @@ VARIANTS = [
 
 
 def trace(recipe, splits):
-  """Traces one meta-step and one evaluation, without compiling."""
-  experiment = build.build(recipe, splits, metajax.task_mesh())
+  """Traces one meta-step and one evaluation; with XLA's convolution, which is traced fast."""
+  experiment = build.build(
+    replace(recipe, convolution="xla"), splits, metajax.task_mesh(jax.devices()[:1])
+  )
   key = jax.random.key(0)
   params = jax.eval_shape(experiment.model.init, key)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)

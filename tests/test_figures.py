@@ -26,7 +26,7 @@ TINY = {
 }  # fmt: skip
 
 
-def test_combinations_draw_figure_3(tmp_path, glyphs):
+def test_combinations_draw_figure_3(tmp_path, glyphs, one_device):
   recipe = replace(combinations.FIGURE, **TINY, seed=7)
   out, curves = str(tmp_path), Curves(curves=("g1", "last2"))
   result = execute(combinations, curves, recipe, out=out, seeds=2)
@@ -115,7 +115,8 @@ def test_the_points_of_figure_4():
 
 
 def test_expansions_leave_their_tables_and_figures(tmp_path, monkeypatch):
-  monkeypatch.setattr(expansions, "KS", (2, expansions.SHOWN_K))
+  monkeypatch.setattr(expansions, "KS", (3,))
+  monkeypatch.setattr(expansions, "SHOWN_K", 3)
   small = expansions.Measurement(waves=2, points=3, meta_steps=150)
   result = execute(expansions, small, out=str(tmp_path))
   for row in result["coefficients"]:
@@ -139,7 +140,8 @@ def test_expansions_stop_when_asked(tmp_path, monkeypatch):
   assert not (tmp_path / "result.json").exists()
 
 
-def test_sine_leaves_its_table_and_figure(tmp_path):
+def test_sine_leaves_its_table_and_figure(tmp_path, one_device, monkeypatch):
+  monkeypatch.setattr(sine, "_CURVE_TASKS", 4)
   few = sine.Waves(meta_steps=3, eval_tasks=4)
   result = execute(sine, few, out=str(tmp_path))
   trained = {"reptile", "fomaml", "maml", "joint"}

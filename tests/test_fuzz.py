@@ -253,7 +253,7 @@ SOUND = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("algorithm", CHOICES["algorithm"][:-1])
-def test_flags_that_pass_can_be_traced(algorithm):
+def test_flags_that_pass_can_be_traced(algorithm, linear_network):
   images, labels = np.zeros((80, 28, 28, 1), np.uint8), np.repeat(np.arange(8), 10)
   classes = metajax.data.few_shot.from_arrays(images, labels)
   splits = metajax.data.Splits(classes, None, classes)

@@ -59,15 +59,13 @@ def test_run_is_a_loop_over_steps():
 def test_the_outer_step_falls_linearly_from_the_first_iteration():
   """Trap: step i of n has (1 - i / n) initial + (i / n) final, i = 0 ... n - 1."""
   learner, *source = make(optax.sgd(optax.linear_schedule(0.8, 0.2, 4)))
-  state, sample = learner.init(problems.weights()), learner.execution.sample(*source)
+  state, sample = learner.init(problems.weights()), jax.jit(learner.execution.sample(*source))
+  step_fn = jax.jit(learner.step)
+  estimate = jax.jit(metajax.vmapped(4).lift(metajax.reptile(LOSS, ADAM)).estimate)
   for i in range(4):
     episodes = sample(jax.random.fold_in(KEY, i))
-    gradient, _, _ = (
-      metajax.vmapped(4)
-      .lift(metajax.reptile(LOSS, ADAM))
-      .estimate(state.params, state.inner, episodes)
-    )
-    moved, _ = learner.step(state, episodes)
+    gradient, _, _ = estimate(state.params, state.inner, episodes)
+    moved, _ = step_fn(state, episodes)
     rate = (1 - i / 4) * 0.8 + i / 4 * 0.2
     np.testing.assert_allclose(moved.params, state.params - rate * gradient, rtol=1e-5)
     state = moved
@@ -125,9 +123,14 @@ def test_a_sweep_is_its_runs_one_by_one():
   sweep = metajax.sweep(make_learner, *source, 5)
   states, infos = jax.jit(sweep.run)(values, sweep.init(values, params), keys)
   assert states.params.shape == (3, *params.shape[1:]) and infos.losses.shape[:2] == (3, 5)
+
+  @jax.jit
+  def run_alone(values, params, key):
+    learner = make_learner(values)
+    return metajax.run(learner, *source, 5)(learner.init(params), key)
+
   for run in range(3):
-    learner = make_learner({name: value[run] for name, value in values.items()})
-    alone = jax.jit(metajax.run(learner, *source, 5))(learner.init(params[run]), keys[run])
+    alone = run_alone({name: value[run] for name, value in values.items()}, params[run], keys[run])
     together = jax.tree.map(lambda leaf, run=run: leaf[run], (states, infos))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
 

@@ -14,6 +14,8 @@ SMALLER = {
     "META_STEPS = 150": "META_STEPS = 4",
     "omniglot(ways=5)": "omniglot(ways=5, filters=4)",
     "report_every=50": "report_every=2",
+    "glyphs.load()": "glyphs.load(train_classes=20, test_classes=10)",
+    "cycling(50, 5)": "cycling(5, 5)",
   },
 }
 

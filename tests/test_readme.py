@@ -2,15 +2,20 @@ import re
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+SMALLER = {
+  "metajax.models.omniglot(ways=5)": "metajax.models.omniglot(ways=5, filters=32)",
+  "glyphs.load()": "glyphs.load(train_classes=40, test_classes=10)",
+  "metajax.cycling(50, 5)": "metajax.cycling(5, 5)",
+}
 
 
 def test_the_examples_run(tmp_path, monkeypatch):
-  """The README's Python blocks, from the first to the last, in one namespace; a smaller network."""
+  """The README's Python blocks, from the first to the last, in one namespace."""
   monkeypatch.chdir(tmp_path)
-  full = "metajax.models.omniglot(ways=5)"
   text = README.read_text()
-  assert text.count(full) == 1
-  text = text.replace(full, "metajax.models.omniglot(ways=5, filters=32)")
+  for full, smaller in SMALLER.items():
+    assert text.count(full) == 1
+    text = text.replace(full, smaller)
   blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
   assert len(blocks) >= 2
   namespace = {}

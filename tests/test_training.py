@@ -168,3 +168,15 @@ def test_what_a_program_closes_over_is_an_argument_of_it():
   after, found = program(state, rows)
   assert state.is_deleted() and (after == 1).all()
   assert (found == data[jnp.array([7, 1])]).all()
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-4])
+@pytest.mark.parametrize("execution", [metajax.vmapped(2), metajax.serial(2), metajax.sharded(2)])
+def test_steps_that_bfloat16_parameters_lose_are_warned_of(execution, rate, recwarn):
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(rate))
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), execution)
+  start = learner.init(problems.weights().astype(jnp.bfloat16))
+  record = train(learner, start, num_steps=1)
+  said = [str(warning.message) for warning in recwarn]
+  assert len(said) == (rate < 0.01) and all("Keep the parameters in float32" in one for one in said)
+  assert record.state.params.dtype == jnp.bfloat16
