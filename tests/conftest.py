@@ -86,8 +86,9 @@ def linear_network(monkeypatch):
   """Experiments have a linear network, which compiles in no time."""
 
   def linear(recipe):
-    init = lambda key: {"kernel": jax.random.normal(key, (28 * 28, recipe.ways))}
-    apply = lambda params, images: (images - 0.5).reshape(-1, 28 * 28) @ params["kernel"] / 28
+    pixels = 84 * 84 * 3 if recipe.dataset == "mini_imagenet" else 28 * 28
+    init = lambda key: {"kernel": jax.random.normal(key, (pixels, recipe.ways))}
+    apply = lambda params, images: (images - 0.5).reshape(-1, pixels) @ params["kernel"] / 28
     return metajax.Model(init, apply)
 
   monkeypatch.setattr(build, "_model", linear)

@@ -10,6 +10,7 @@ wherever the tests run: the parameters before it, its images packed into bits, a
 of each parameter array after it.
 """
 
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -110,9 +111,9 @@ def compare(actual, expected):
   return error, cosine
 
 
-def step_of(case, num_tasks):
-  """The learner of a case, and its jitted meta-step."""
-  algorithm, optimizer = CASES[case]
+@cache
+def step_of(algorithm, optimizer, num_tasks):
+  """The learner, and its jitted meta-step."""
   if algorithm == "reptile":
     one = metajax.reptile(LOSS, INNER[optimizer])
   else:  # the authors' FOML applies the last of the three updates
@@ -127,7 +128,7 @@ def test_a_step_of_reptile():
   trace = Trace(Path(__file__).with_name("reptile_sgd_step.npz"))
   packed = trace.arrays["batches/inputs"]
   trace.arrays["batches/inputs"] = np.unpackbits(packed, axis=-1, count=28)
-  learner, step_fn = step_of("reptile_sgd", packed.shape[1])
+  learner, step_fn = step_of("reptile", "sgd", packed.shape[1])
   before = trace.tree(0)
   after, _ = step_fn(learner.init(before), trace.episodes(1))
   thin = lambda tree: flat(jax.tree.map(lambda leaf: leaf.reshape(-1)[::THINNED], tree))
@@ -139,8 +140,8 @@ def test_a_step_of_reptile():
 @pytest.mark.parametrize("case", CASES)
 def test_outer_steps(case, shared):
   trace = Trace(shared(f"golden/{case}.npz"))
-  optimizer = CASES[case][1]
-  learner, step_fn = step_of(case, trace.arrays["batches/inputs"].shape[1])
+  algorithm, optimizer = CASES[case]
+  learner, step_fn = step_of(algorithm, optimizer, trace.arrays["batches/inputs"].shape[1])
   found = []
   for step in range(1, OUTER_STEPS + 1):
     before = trace.tree(step - 1)
@@ -159,6 +160,20 @@ def test_outer_steps(case, shared):
   assert min(cosines) > 0.97, found
 
 
+@cache
+def judge_of(optimizer, protocol):
+  """The learner, and `(state, task, rows) -> outputs`, jitted."""
+  gradient = metajax.reptile(LOSS, INNER[optimizer])
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.serial(1))
+  predict = getattr(metajax, protocol)(MODEL.apply)
+
+  @jax.jit
+  def judge(state, task, rows):
+    return metajax.evaluate(learner, lambda key, n: rows, predict)(state, jax.random.key(0), task)
+
+  return learner, judge
+
+
 @pytest.mark.parametrize("protocol", ["transductive", "inductive"])
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation(case, protocol, shared):
@@ -174,14 +189,10 @@ def test_evaluation(case, protocol, shared):
   assert distance.min(axis=-1).max() == 0
   np.testing.assert_array_equal(train.targets[rows], recorded("batches_targets"))
 
-  predict = getattr(metajax, protocol)(MODEL.apply)
-  learner = metajax.meta_learner(
-    metajax.reptile(LOSS, INNER[optimizer]), optax.sgd(1.0), metajax.serial(1)
-  )
-  evaluate = metajax.evaluate(learner, lambda key, n: rows, predict)
+  learner, judge = judge_of(optimizer, protocol)
   trained = learner.init(trace.tree(OUTER_STEPS))
   trained = trained._replace(inner=trace.inner_state(OUTER_STEPS, optimizer))
-  outputs = jax.jit(evaluate)(trained, jax.random.key(0), metajax.Task(train, test))
+  outputs = judge(trained, metajax.Task(train, test), rows)
   predictions = trace.arrays[f"evaluation_{protocol}/predictions"]
   # Of five predictions at most one may be a tie that rounding decides.
   assert np.sum(np.argmax(outputs, axis=-1) == predictions) >= 4

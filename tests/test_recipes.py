@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -35,8 +36,18 @@ def blank():
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_every_preset_can_be_traced(name, blank):
+def test_every_preset_can_be_traced(name, blank, linear_network):
   trace(PRESETS[name], blank[PRESETS[name].dataset])
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_preset_has_a_network_for_its_images(name):
+  preset = PRESETS[name]
+  model = build._model(preset)
+  image = (84, 84, 3) if preset.dataset == "mini_imagenet" else (28, 28, 1)
+  apply = lambda key, images: model.apply(model.init(key), images)
+  logits = jax.eval_shape(apply, jax.random.key(0), np.zeros((2, *image), np.uint8))
+  assert logits.shape == (2, preset.ways)
 
 
 # From the paper's appendix, by hand: inner batch, inner steps, inner rate, training shots,
