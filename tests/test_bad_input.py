@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -192,31 +193,43 @@ def test_bad_arguments_are_refused_before_anything_is_written(module, bad, patte
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-  ("module", "bad", "line"),
-  [
-    ("few_shot", "--ways=1", "few_shot: --ways=1 must be at least 2"),
-    ("sine", "10", "sine: unexpected argument '10': flags start with --"),
-    (
-      "few_shot",
-      "--dataset=cifar",
-      "few_shot: flag --dataset=cifar: value should be one of <glyphs|omniglot|mini_imagenet>",
-    ),
-    ("overlap", "--outer_rate=0", "overlap: --outer_rate=0.0 must be positive and finite"),
-    (
-      "combinations",
-      "--weights=1",
-      "combinations: --weights is set by this experiment and cannot be overridden: remove it",
-    ),
-    ("few_shot", "--judge=best", "few_shot: --judge judges a run: give its folder as --out"),
-  ],
-)
-def test_a_binary_ends_with_one_line(module, bad, line, tmp_path):
-  command = [sys.executable, "-m", f"experiments.{module}", f"--out={tmp_path / 'run'}", bad]
+LINES = [
+  ("few_shot", "--ways=1", "few_shot: --ways=1 must be at least 2"),
+  ("sine", "10", "sine: unexpected argument '10': flags start with --"),
+  (
+    "few_shot",
+    "--dataset=cifar",
+    "few_shot: flag --dataset=cifar: value should be one of <glyphs|omniglot|mini_imagenet>",
+  ),
+  ("overlap", "--outer_rate=0", "overlap: --outer_rate=0.0 must be positive and finite"),
+  (
+    "combinations",
+    "--weights=1",
+    "combinations: --weights is set by this experiment and cannot be overridden: remove it",
+  ),
+  ("few_shot", "--judge=best", "few_shot: --judge judges a run: give its folder as --out"),
+]
+
+
+@pytest.mark.parametrize(("module", "bad", "line"), LINES)
+def test_a_binary_ends_with_one_line(module, bad, line, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", [f"{module}.py", f"--out={tmp_path / 'run'}", bad])
+  monkeypatch.setattr(metajax, "cores_as_devices", lambda: None)  # the tests' backend is there
+  monkeypatch.delitem(sys.modules, f"experiments.{module}")  # or running it again is warned of
+  with pytest.raises(SystemExit) as ended:
+    runpy.run_module(f"experiments.{module}", run_name="__main__", alter_sys=True)
+  assert ended.value.code == 1
+  out, err = capsys.readouterr()
+  assert out == "" and err.splitlines() == [line]
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_process_of_a_binary_ends_with_one_line():
+  module, bad, line = LINES[-1]
+  command = [sys.executable, "-m", f"experiments.{module}", bad]
   ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert ended.returncode == 1 and ended.stdout == ""
   assert ended.stderr.splitlines() == [line]
-  assert not (tmp_path / "run").exists()
 
 
 # Arrays

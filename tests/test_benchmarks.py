@@ -21,8 +21,9 @@ def run(module, *arguments):
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+FOMAML_SGD = ["--algorithms=fomaml", "--optimizer=sgd"]
 CASES = [
-  ["--model=sine", f"--execution={','.join(cases.EXECUTIONS)}", "--optimizer=sgd"],
+  ["--model=sine", f"--execution={','.join(cases.EXECUTIONS)}", *FOMAML_SGD],
   ["--model=sine", f"--algorithms={','.join(cases.ALGORITHMS)}", "--execution=sharded"],
   ["--model=omniglot_pool,mini_imagenet", "--algorithms=fomaml", "--inner_steps=1"],
   ["--model=omniglot", "--algorithms=reptile", "--convolution=patches,xla", "--tail=3"],
@@ -46,18 +47,20 @@ def test_wall_clock(case, tmp_path):
   assert sorted(path.stem for path in (tmp_path / "plots").iterdir()) == plots
 
   if case is CASES[0]:
-    again = run("wall_clock", *case[:1], "--optimizer=sgd", "--repeats=1", f"--baseline={out}")
+    again = run("wall_clock", *case, "--execution=vmap", "--repeats=1", f"--baseline={out}")
     assert again.returncode == 0, again.stderr
     table = again.stdout.splitlines()
     assert table[2].endswith("speed-up |") and float(table[4].split("|")[-2]) > 0
 
 
 def test_memory_of_first_order_is_flat_in_the_number_of_steps():
-  done = run("memory", "--model=sine", "--inner_steps=3,30")
+  algorithms = ["reptile", "fomaml", "maml"]
+  flag = f"--algorithms={','.join(algorithms)}"
+  done = run("memory", "--model=sine", "--inner_steps=3,30", flag)
   assert done.returncode == 0, done.stderr
   cells = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
   megabytes = {row[0].strip(): [float(cell) for cell in row[-2:]] for row in cells[1:]}
-  assert set(megabytes) == {"reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode"}
+  assert list(megabytes) == algorithms
   for algorithm in ("reptile", "fomaml"):
     assert megabytes[algorithm][1] <= megabytes[algorithm][0] + 0.1
   assert megabytes["maml"][1] > 2 * megabytes["maml"][0]
@@ -91,9 +94,9 @@ def test_scaling_prints_a_row_for_each_link(tmp_path):
     assert row["weak"]["1"] == row["strong"]["1"] == 1
     assert 1 > row["weak"]["8"] > row["strong"]["8"] > 0
   assert rows[0]["weak"]["8"] > rows[1]["weak"]["8"]
-  for wrong in ("--workloads=cosine", "--link_gbps=-1"):
-    done = subprocess.run([*command, wrong], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and wrong[2:9] in done.stderr and "Traceback" not in done.stderr
+  wrong = [*command, "--link_gbps=-1"]
+  done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode != 0 and "link_gb" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_peers_compute_the_same_gradient():
