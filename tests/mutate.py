@@ -174,11 +174,12 @@ def main():
       finally:
         copies.put(folder)
 
-    for module in dict.fromkeys(job[0] for job in jobs):  # what passes must pass unchanged
-      if not run((module, "", (ROOT / "metajax" / f"{module}.py").read_text())):
-        raise SystemExit(f"the tests of {module} fail without any mistake")
     counts = {module: [0, 0] for module, _, _ in jobs}
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+      unchanged = [(one, "", (ROOT / "metajax" / f"{one}.py").read_text()) for one in counts]
+      for (module, _, _), passed in zip(unchanged, pool.map(run, unchanged), strict=True):
+        if not passed:
+          raise SystemExit(f"the tests of {module} fail without any mistake")
       for (module, text, _), alive in zip(jobs, pool.map(run, jobs), strict=True):
         counts[module][alive] += 1
         print(f"{'NOT NOTICED' if alive else 'noticed':12}{module} {text}", flush=True)

@@ -25,8 +25,7 @@ FOMAML_SGD = ["--algorithms=fomaml", "--optimizer=sgd"]
 CASES = [
   ["--model=sine", f"--execution={','.join(cases.EXECUTIONS)}", *FOMAML_SGD],
   ["--model=sine", f"--algorithms={','.join(cases.ALGORITHMS)}", "--execution=sharded"],
-  ["--model=omniglot_pool,mini_imagenet", "--algorithms=fomaml", "--inner_steps=1"],
-  ["--model=omniglot", "--algorithms=reptile", "--convolution=patches,xla", "--tail=3"],
+  ["--model=omniglot,omniglot_pool,mini_imagenet", *FOMAML_SGD, "--inner_steps=1", "--tail=3"],
 ]
 
 

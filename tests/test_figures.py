@@ -117,6 +117,7 @@ def test_the_points_of_figure_4():
 def test_expansions_leave_their_tables_and_figures(tmp_path, monkeypatch):
   monkeypatch.setattr(expansions, "KS", (3,))
   monkeypatch.setattr(expansions, "SHOWN_K", 3)
+  monkeypatch.setattr(expansions, "ALPHAS", expansions.ALPHAS[::2])
   small = expansions.Measurement(waves=2, points=3, meta_steps=150)
   result = execute(expansions, small, out=str(tmp_path))
   for row in result["coefficients"]:
