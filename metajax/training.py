@@ -90,8 +90,8 @@ def train(
   and ends with bit-identical parameters. Data that the samplers close over becomes an argument of
   the compiled programs.
 
-  Parameters of fewer than 32 bits, such as bfloat16, are tried at the start: a warning says so if
-  they lose most of a meta-step to rounding.
+  If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
+  float32. A warning says so if most of a step is lost to rounding.
 
   Args:
     learner: from `meta_learner`.
@@ -135,7 +135,7 @@ def train(
     if found is not None:
       state, seconds = found.state, found.extra["seconds"]
       losses = Losses(*found.extra.get("losses", ()))
-    elif not all(_has_32_bits(leaf) for leaf in jax.tree.leaves(state.params)):
+    elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
       _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
     step = last_saved = int(state.step)
     # Every record has a copy of the state, since the next meta-step uses the memory of this one.
@@ -194,10 +194,6 @@ def _closing(saved: Any) -> Callable[..., None]:
   return close
 
 
-def _has_32_bits(leaf: jax.Array) -> bool:
-  return bool(jnp.finfo(leaf.dtype).bits >= 32)
-
-
 def _warn_if_steps_are_lost(
   learner: MetaLearner,
   one_step: Callable[..., Any],
@@ -217,9 +213,9 @@ def _warn_if_steps_are_lost(
   cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), np.finfo(np.float32).tiny)
   if cosine < 0.9:
     warnings.warn(
-      "steps are too small for parameters of fewer than 32 bits, and most of them is rounded away: "
-      f"the cosine between the first meta-step and the same step in float32 is {cosine:.2f}. Keep "
-      "the parameters in float32, and let the network compute in fewer bits",
+      "most of a meta-step is lost to rounding, since the parameters have fewer than 32 bits: the "
+      f"cosine between the first meta-step and the same step in float32 is {cosine:.2f}. Keep the "
+      "parameters in float32, and let the network compute in fewer bits",
       stacklevel=3,
     )
 
