@@ -12,6 +12,7 @@ import optax
 from metajax import checks
 from metajax.inner import (
   LearnerState,
+  all_finite,
   begin_task,
   end_task,
   forward_over_reverse,
@@ -227,12 +228,7 @@ def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
-    leaves = [
-      leaf
-      for leaf in jax.tree.leaves((gradient, after, info.losses))
-      if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    finite = all_finite((gradient, after, info.losses))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     losses = keep(info.losses, zeros(info.losses))

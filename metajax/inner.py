@@ -96,11 +96,14 @@ def finite_or_before(after: InnerState, before: InnerState) -> InnerState:
   Otherwise a task that blows up would leave NaN in a carried state for good, even if the outer
   optimizer skips its gradient, as `optax.apply_if_finite` does.
   """
-  floats = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  if not floats:
-    return after
-  finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+  finite = all_finite(after)
   return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether no number in a tree is NaN or infinite, a scalar bool."""
+  finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+  return jax.tree.reduce(jnp.logical_and, finite, jnp.bool_(True))
 
 
 def inner_step(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from metajax import checks
 from metajax.devices import task_mesh
+from metajax.inner import all_finite
 from metajax.meta import MetaLearner, MetaState, run
 from metajax.programs import compiled, copied, on_mesh
 from metajax.types import MakeEpisode, PRNGKey, SampleTask
@@ -225,8 +226,7 @@ def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:
 
   def checked(state: MetaState, key: PRNGKey) -> tuple[Any, Any, jax.Array]:
     state, infos = many_steps(state, key)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
-    return state, infos, jnp.stack(finite).all()
+    return state, infos, all_finite(state.params)
 
   return checked
 

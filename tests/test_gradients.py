@@ -84,6 +84,19 @@ def test_what_maml_keeps_changes_nothing(x64, cost, optimizer):
   close(again.losses, info.losses)
 
 
+@pytest.mark.parametrize("remat", [{}, {"remat": True}], ids=str)
+def test_steps_are_recomputed_only_when_asked(remat):
+  sgd, params, episode = optax.sgd(RATE), problems.weights(), problems.episode(5, k=3)
+  start = metajax.LearnerState(params, sgd.init(params))
+  for program in (
+    jax.make_jaxpr(metajax.maml(LOSS, sgd, **remat).estimate)(params, (), episode),
+    jax.make_jaxpr(
+      lambda start: metajax.inner_update(LOSS, sgd, start, episode.pool, episode.schedule, **remat)
+    )(start),
+  ):
+    assert ("remat" in str(program)) == bool(remat)
+
+
 @pytest.mark.parametrize(
   "optimizer",
   [optax.adam(0.01, b1=0.0), optax.sgd(RATE, momentum=0.9), optax.sgd(lambda step: RATE / 2**step)],
