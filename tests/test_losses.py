@@ -21,14 +21,16 @@ def test_reductions(reduction, reduce):
   np.testing.assert_allclose(
     evaluate(losses.cross_entropy, reduction, LOGITS, LABELS), reduce(PER_EXAMPLE), rtol=1e-6
   )
-  outputs, targets = np.array([[1.0, 2.0], [0.0, 3.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
+  outputs = np.array([[1.0, 2.0], [0.0, 3.0], [7.0, 7.0]])
+  targets = np.array([[0.0, 0.0], [1.0, 1.0], [7.0, 4.0]])
   np.testing.assert_allclose(
-    evaluate(losses.squared_error, reduction, outputs, targets), reduce([5.0, 5.0]), rtol=1e-6
+    evaluate(losses.squared_error, reduction, outputs, targets), reduce([5.0, 5.0, 9.0]), rtol=1e-6
   )
 
 
 def test_accuracy():
-  assert losses.accuracy(jnp.asarray(LOGITS), jnp.asarray(LABELS)) == 0.5
+  outputs = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
+  assert losses.accuracy(outputs, jnp.array([0, 1, 2, 1])) == 0.75
 
 
 BAD_LABELS = [np.array([1, 3]), np.array([-1, 0]), np.array([105, 964])]
