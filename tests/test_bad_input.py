@@ -712,7 +712,7 @@ CALLS = [
   ),
   (
     "task: arrays",
-    lambda: metajax.shared_tail(metajax.cycling(2, 3))(KEY, metajax.Task(PHI, PHI)),
+    lambda: metajax.separate_tail(metajax.cycling(2, 3))(KEY, metajax.Task(PHI, PHI)),
     "must be a metajax.Task of two metajax.Examples",
   ),
   ("task: lengths differ", lambda: SHARED(SHORT), "as many targets as inputs"),
