@@ -130,15 +130,19 @@ def test_optimizers_are_given_the_loss_and_its_gradient():
   """Polyak's step (f - f*) / |g|^2, scaled and never cut off, written out, inside and outside."""
   inner, outer = (optax.polyak_sgd(1e6, scaling=scaling) for scaling in (8.0, 4.0))
   learner = learner_of(inner, outer, metajax.fomaml)
-  episodes = jax.tree.map(lambda leaf: leaf[None].repeat(2, 0), problems.episode(3, k=2))
+  episodes = jax.tree.map(lambda leaf: leaf[None].repeat(2, 0), problems.episode(3, k=3))
   state, info = jax.jit(learner.step)(learner.init(PHI), episodes)
-  first, last = (metajax.Examples(*batch) for batch in problems.batches(problems.episode(3, k=2)))
+  *inner_batches, last = [
+    metajax.Examples(*batch) for batch in problems.batches(problems.episode(3, k=3))
+  ]
 
   def polyak(phi, loss, gradient, scaling):  # optax applies it to the scaled gradient
     return phi - loss / np.sum(np.square(gradient)) / scaling * gradient
 
-  loss, gradient = jax.value_and_grad(LOSS)(PHI, first)
-  adapted = polyak(PHI, loss, gradient, 8.0)
+  adapted = PHI
+  for batch in inner_batches:
+    loss, gradient = jax.value_and_grad(LOSS)(adapted, batch)
+    adapted = polyak(adapted, loss, gradient, 8.0)
   loss, gradient = jax.value_and_grad(LOSS)(adapted, last)
   np.testing.assert_allclose(state.params, polyak(PHI, loss, gradient, 4.0), rtol=1e-5)
   np.testing.assert_allclose(info.losses[-1], loss, rtol=1e-5)
