@@ -119,64 +119,52 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
       f"Omniglot could not be downloaded ({reason}): get images_background.zip and "
       f"images_evaluation.zip from {URL} and give their folder as data_dir"
     ) from error
-  # Decoders differ in how they treat 1-bit images, so TFDS returns the files undecoded.
-  decoders = {"image": tfds.decode.SkipDecoding()}
   try:
-    return [
-      _shrink(builder.as_data_source(split=split, decoders=decoders), split) for split in ARCHIVES
-    ]
+    return [_read_split(builder.as_data_source(split=split)) for split in ARCHIVES]
   except Exception as error:  # readers raise many types of error on damaged files
     raise damaged from error
 
 
+def _read_split(source: Any) -> np.ndarray:
+  """Returns the drawings of a split, ordered by the characters' numbers."""
+  characters = sorted((record["label"], record["drawings"]) for record in source)
+  return np.stack([drawings for _, drawings in characters])
+
+
 def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields the records of an archive, after checking that it is complete."""
+  """Yields a record of each character of an archive, after checking that it is complete."""
   name, characters = ARCHIVES[split]
-  drawings: dict[str, int] = {}
+  drawings: dict[str, list[np.ndarray]] = {}
+  alphabets: dict[str, str] = {}
   seen: set[str] = set()
-  records = []
   for inside, content in read_archive(path, (".png",)):
     if len(inside.parts) != 4 or not re.fullmatch("[0-9]{4}_[0-9]{2}", inside.stem):
       raise DataError(
         f"{path} holds {inside}, not SET/ALPHABET/characterNN/####_##.png: download {URL}{name}"
       )
-    _decode(content, f"{inside} in {path}")
     label = inside.stem.split("_")[0]
     if inside.stem in seen:
       raise DataError(f"{path} holds {inside.name} twice: download {URL}{name} again")
     seen.add(inside.stem)
-    drawings[label] = drawings.get(label, 0) + 1
-    records.append(
-      (inside.stem, {"image": content, "alphabet": inside.parts[1], "label": int(label)})
-    )
+    alphabets[label] = inside.parts[1]
+    drawings.setdefault(label, []).append(_shrink(content, f"{inside} in {path}"))
   if len(drawings) != characters:
     raise DataError(
       f"{path} holds {len(drawings)} characters, not {characters}: download {URL}{name} again"
     )
-  for label, count in drawings.items():
-    if count != DRAWINGS:
+  for label, images in drawings.items():
+    if len(images) != DRAWINGS:
       raise DataError(
-        f"{path} holds {count} drawings of character {label}, not {DRAWINGS}: download {URL}{name} "
-        "again"
+        f"{path} holds {len(images)} drawings of character {label}, not {DRAWINGS}: download "
+        f"{URL}{name} again"
       )
-  yield from records
+  for label, images in drawings.items():
+    record = {"drawings": np.stack(images), "alphabet": alphabets[label], "label": int(label)}
+    yield label, record
 
 
-def _decode(content: bytes, name: object) -> np.ndarray:
-  return decode_image(content, name, size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
-
-
-def _shrink(source: Any, split: str) -> np.ndarray:
-  """Resizes the images to 28x28 by nearest neighbour, as in the paper's code.
-
-  Returns:
-    uint8 `[characters, 20, 28, 28]`.
-  """
+def _shrink(content: bytes, name: object) -> np.ndarray:
+  """Decodes a drawing and resizes it to uint8 `[28, 28]` by nearest neighbour, as the paper's code."""
+  image = decode_image(content, name, size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
   pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
-  labels = np.empty(len(source), np.int64)
-  images = np.empty((len(source), _SIZE, _SIZE), np.uint8)
-  for row, example in enumerate(source):
-    labels[row] = example["label"]
-    images[row] = _decode(example["image"], row)[np.ix_(pixels, pixels)]
-  order = np.argsort(labels, kind="stable")
-  return images[order].reshape(ARCHIVES[split][1], DRAWINGS, _SIZE, _SIZE)
+  return image[np.ix_(pixels, pixels)]
