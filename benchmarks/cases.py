@@ -35,7 +35,7 @@ class Case(NamedTuple):
     inner_steps: k, the number of losses in an episode, counting the tail's.
     meta_batch: T, the number of tasks in a meta-step.
     execution: one of `EXECUTIONS`.
-    convolution: `"patches"` or `"xla"`.
+    convolution: `"cpu"`, `"patches"` or `"xla"`.
     batch: the number of examples in an inner minibatch.
     tail: the number of examples in the last minibatch; in an evaluation, of those that are
       predicted together.
@@ -101,7 +101,7 @@ def network(name: str, convolution: Any) -> Network:
 
   Args:
     name: one of `MODELS`.
-    convolution: `"patches"`, `"xla"`, or None for the default of the backend.
+    convolution: `"cpu"`, `"patches"`, `"xla"`, or None for the default of the backend.
   """
   if name == "sine":
     layers = [Layer(1, 1, 40), Layer(1, 40, 40), Layer(1, 40, 1)]

@@ -36,14 +36,14 @@ from benchmarks.cases import Case
 
 FLAGS = flags.FLAGS
 
-_REPTILE = Case("reptile", "omniglot", 5, 5, "sharded", "patches", 10, 10, "adam", 1)
-_MAML = Case("maml_mixed_mode", "omniglot", 6, 32, "sharded", "patches", 5, 75, "sgd", 1)
+_REPTILE = Case("reptile", "omniglot", 5, 5, "sharded", "cpu", 10, 10, "adam", 1)
+_MAML = Case("maml_mixed_mode", "omniglot", 6, 32, "sharded", "cpu", 5, 75, "sgd", 1)
 WORKLOADS = {  # as in the tables of `benchmarks/README.md`
   "omniglot_reptile": _REPTILE,
   "omniglot_fomaml": _MAML._replace(algorithm="fomaml"),
   "omniglot_maml": _MAML,
   "mini_imagenet_reptile": _REPTILE._replace(model="mini_imagenet", inner_steps=8),
-  "sine_maml": Case("maml", "sine", 2, 25, "sharded", "patches", 10, 10, "sgd", 1),
+  "sine_maml": Case("maml", "sine", 2, 25, "sharded", "cpu", 10, 10, "sgd", 1),
 }
 # The compiled program has more than one task on each device, and so a loop over them, which must
 # not contain the all-reduce.

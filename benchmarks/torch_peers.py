@@ -276,13 +276,21 @@ def func_vmap(
 
 
 def func_loop(
-  workload: Workload, params: Tree, data: Data, *, compiled: bool = False
+  workload: Workload,
+  params: Tree,
+  data: Data,
+  *,
+  channels_last: bool = False,
+  compiled: bool = False,
 ) -> Callable[[], Tree]:
   """One task after another.
 
   Unless `compiled`, gradients come from plain autograd, which then costs less than torch.func.
   """
-  given, maml = sequential(workload, params, data), workload.algorithm == "maml"
+  if channels_last and workload.model == "sine":
+    raise NotImplementedError("there are no channels")
+  given = problem(workload, params, data, channels_last=channels_last)
+  maml = workload.algorithm == "maml"
 
   def autograd(params: Tensors, *batch: torch.Tensor) -> Tensors:
     leaves = params if maml else [leaf.detach().requires_grad_() for leaf in params]
@@ -314,8 +322,9 @@ def func_compiled(workload: Workload, params: Tree, data: Data) -> Callable[[], 
 
   Networks with max-pooling, whose images are large, are faster one task after another.
   """
-  pools = workload.model in ("omniglot_pool", "mini_imagenet")
-  return (func_loop if pools else func_vmap)(workload, params, data, compiled=True)
+  if workload.model in ("omniglot_pool", "mini_imagenet"):
+    return func_loop(workload, params, data, channels_last=True, compiled=True)
+  return func_vmap(workload, params, data, compiled=True)
 
 
 def with_higher(workload: Workload, params: Tree, data: Data) -> Callable[[], Tree]:
@@ -387,6 +396,7 @@ def with_torchopt(workload: Workload, params: Tree, data: Data) -> Callable[[], 
 PEERS: dict[str, Peer] = {
   "torch.func vmap": func_vmap,
   "torch.func loop": func_loop,
+  "torch.func loop, channels last": partial(func_loop, channels_last=True),
   "torch.compile": func_compiled,
   "higher": with_higher,
   "torchopt": with_torchopt,

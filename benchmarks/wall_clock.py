@@ -34,7 +34,9 @@ flags.DEFINE_list("meta_batch", ["5"], "Numbers of tasks in a meta-step.")
 flags.DEFINE_list(
   "execution", ["vmap"], f"How the tasks are run: any of {', '.join(cases.EXECUTIONS)}."
 )
-flags.DEFINE_list("convolution", ["patches"], "Implementations of convolution: patches, xla.")
+flags.DEFINE_list(
+  "convolution", ["cpu"], "Implementations of convolution: any of cpu, patches, xla."
+)
 flags.DEFINE_integer("batch", 10, "Examples in an inner minibatch.", lower_bound=1)
 flags.DEFINE_integer(
   "tail", None, "Examples in the last minibatch; by default the same as --batch.", lower_bound=1
@@ -67,7 +69,7 @@ def _one_of(name: str, choices: tuple[str, ...]) -> None:
 _one_of("algorithms", cases.ALGORITHMS)
 _one_of("model", cases.MODELS)
 _one_of("execution", cases.EXECUTIONS)
-_one_of("convolution", ("patches", "xla"))
+_one_of("convolution", ("cpu", "patches", "xla"))
 for _name in ("inner_steps", "meta_batch"):
   flags.register_validator(
     _name,

@@ -97,7 +97,7 @@ class Cost(Settings):
     "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax.")
   chunk: int | None = option(None,
     "Tasks that run at once, with sharded on each device; by default one on CPU.", at_least=1)
-  convolution: Literal["patches", "xla"] | None = option(None,
+  convolution: Literal["cpu", "patches", "xla"] | None = option(None,
     "How to convolve; by default whichever is faster on this backend.")
   steps_per_call: int = option(25,
     "Meta-steps in one call of the compiled loop, between two updates of the progress bar.",

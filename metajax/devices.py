@@ -11,12 +11,12 @@ from jax.sharding import AxisType, Mesh
 class Defaults(NamedTuple):
   """Per-backend defaults for options left as None."""
 
-  convolution: str  # of `metajax.models.convolution`
+  convolution: str  # of `metajax.models.fast`, with the blocks that go with it
   chunk: int | None  # tasks at once on a device, in `sharded` and `map_tasks`; None for all
 
 
 _ACCELERATOR = Defaults(convolution="xla", chunk=None)
-_BACKENDS = {"cpu": Defaults(convolution="patches", chunk=1)}
+_BACKENDS = {"cpu": Defaults(convolution="cpu", chunk=1)}
 
 
 def defaults() -> Defaults:

@@ -17,7 +17,15 @@ from metajax import checks
 from metajax.gradients import Info, MetaGradient
 from metajax.inner import finite_or_before
 from metajax.programs import traced
-from metajax.spread import chunk_or_default, first, mesh_and_spec, num_slots, padded, repeated
+from metajax.spread import (
+  chunk_or_default,
+  first,
+  mesh_and_spec,
+  num_slots,
+  over_tasks,
+  padded,
+  repeated,
+)
 from metajax.types import (
   Episode,
   InnerState,
@@ -266,8 +274,8 @@ def _over_slots(
   @partial(jax.jit, inline=True)  # so that it is traced once, for its shapes and in the scan
   def together(slots: Any) -> tuple[tuple[Params, Info], InnerState]:
     inner_state, episodes, counts = slots
-    gradients, inner_state, infos = jax.vmap(_checked(meta_gradient), in_axes=(None, 0, 0))(
-      params, inner_state, episodes
+    gradients, inner_state, infos = over_tasks(
+      partial(_checked(meta_gradient), params), inner_state, episodes
     )
     # As exact as a sum: an accelerator would round the factors of a product to fewer bits.
     weigh = lambda leaf: jnp.tensordot(counts.astype(leaf.dtype), leaf, 1, precision="highest")

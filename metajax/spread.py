@@ -45,7 +45,8 @@ def map_tasks(
     one_task, data = traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
 
     def one_device(shared: Any, tasks: Any) -> Any:
-      return jax.lax.map(partial(one_task, data, shared), tasks, batch_size=size)
+      batch_size = None if size == 1 else size  # of size 1, it would still be vmapped
+      return jax.lax.map(partial(one_task, data, shared), tasks, batch_size=batch_size)
 
     all_devices = jax.shard_map(
       one_device,
@@ -75,6 +76,14 @@ def chunk_or_default(chunk: int | None, num_tasks: int) -> int:
   """The requested chunk, or the backend's default, capped at the number of tasks."""
   chunk = devices.defaults().chunk if chunk is None else chunk
   return num_tasks if chunk is None else min(chunk, num_tasks)
+
+
+def over_tasks(function: Callable[..., Any], *tasks: Any) -> Any:
+  """Maps a function over the tasks of a chunk, at once. A single task needs no vmap."""
+  if num_examples(tasks) > 1:
+    return jax.vmap(function)(*tasks)
+  result = function(*jax.tree.map(lambda leaf: leaf[0], tasks))
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], result)
 
 
 def padded(tasks: Any, num_tasks: int, slots: int) -> Any:

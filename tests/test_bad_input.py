@@ -751,7 +751,7 @@ CALLS = [
     lambda: models.omniglot(5, downsample="max"),
     "'stride' or 'pool', not 'max'",
   ),
-  ("network: method", lambda: models.omniglot(5, method="fast"), "'patches' or 'xla'"),
+  ("network: method", lambda: models.omniglot(5, method="fast"), "'cpu', 'patches' or 'xla'"),
   ("network: no unit", lambda: models.sine((64, 0, 1)), "at least 1, not"),
   ("network: no layer", lambda: models.sine(()), "at least 1, not"),
   ("network: image size", lambda: omniglot_on((2, 84, 84, 1)), "do not fit .*: give inputs of the"),

@@ -152,7 +152,7 @@ def test_the_plain_loop_notices_a_wrong_gradient():
   assert cases.relative_error(first_order, exact) > 1e-3
 
 
-SHARDED = cases.Case("reptile", "sine", 3, 8, "sharded", "patches", 4, 6, "sgd", 1)
+SHARDED = cases.Case("reptile", "sine", 3, 8, "sharded", "cpu", 4, 6, "sgd", 1)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ class OneBlock(nn.Module):
 
   @nn.compact
   def __call__(self, images):
-    patches = metajax.models.convolution.convolution("patches")
+    patches = metajax.models.convolution("cpu")
     hidden = nn.Conv(4, (3, 3), strides=2, padding="SAME", conv_general_dilated=patches)(images)
     hidden = nn.relu(metajax.models.BatchStatsNorm()(hidden))
     return nn.Dense(3)(hidden.reshape(len(images), -1))

@@ -11,7 +11,6 @@ from flax import nnx
 
 import metajax
 from metajax import models
-from metajax.models.convolution import convolution
 
 KEY = jax.random.key(0)
 
@@ -75,91 +74,6 @@ def test_finn_s_networks_are_finn_s(x64, network, shape):
 def test_finn_s_last_layer_starts_from_the_normal_distribution():
   kernel = jax.jit(models.finn_omniglot(100).init)(KEY)["Dense_0"]["kernel"]
   assert abs(float(jnp.std(kernel)) - 1) < 5 / np.sqrt(2 * kernel.size)
-
-
-CONVOLUTIONS = [
-  # size, stride, padding, channels
-  ((28, 28), (2, 2), "SAME", 1),
-  ((7, 7), (2, 2), "SAME", 6),
-  ((4, 4), (2, 2), "SAME", 6),
-  ((21, 11), (1, 1), "SAME", 3),
-  ((9, 8), (2, 1), "VALID", 2),
-  ((6, 6), (1, 1), [(2, 0), (1, 1)], 2),
-]
-
-
-@pytest.mark.parametrize(("image", "strides", "padding", "channels"), CONVOLUTIONS)
-def test_patches_are_convolution(x64, image, strides, padding, channels):
-  """Values and both gradients."""
-  rng = np.random.default_rng(0)
-  inputs = jnp.asarray(rng.normal(size=(2, *image, channels)))
-  kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 5)))
-  layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-  weigh = None
-  results = []
-  for method in ("patches", "xla"):
-    convolve = lambda x, w, method=method: convolution(method)(x, w, strides, padding, **layout)
-    outputs, pull_back = jax.vjp(convolve, inputs, kernel)
-    weigh = jnp.asarray(rng.normal(size=outputs.shape)) if weigh is None else weigh
-    results.append((outputs, *pull_back(weigh)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *results)
-
-
-def test_both_convolutions_share_parameters_and_results():
-  images = jax.random.uniform(KEY, (3, 28, 28, 1))
-  patches, xla = (models.omniglot(5, filters=8, method=method) for method in ("patches", "xla"))
-  params = jax.jit(patches.init)(KEY)
-  jax.tree.map(np.testing.assert_array_equal, params, jax.jit(xla.init)(KEY))
-  np.testing.assert_allclose(
-    jax.jit(patches.apply)(params, images),
-    jax.jit(xla.apply)(params, images),
-    rtol=1e-4,
-    atol=1e-5,
-  )
-  assert set(params["Conv_0"]) == {"kernel", "bias"}
-
-
-@pytest.mark.parametrize(
-  "options",
-  [
-    {"rhs_dilation": (2, 2)},
-    {"feature_group_count": 2},
-    {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
-  ],
-)
-def test_patches_refuse_what_they_do_not_do(options):
-  options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
-  with pytest.raises(ValueError, match="patches"):
-    convolution("patches")(
-      jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 2, 2)), (1, 1), "SAME", **options
-    )
-
-
-def test_patches_accumulate_in_the_type_asked_for():
-  images, kernel = jnp.ones((1, 4, 4, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
-  layout = ("NHWC", "HWIO", "NHWC")
-  outputs = convolution("patches")(
-    images, kernel, (1, 1), "SAME", dimension_numbers=layout, preferred_element_type=jnp.float32
-  )
-  assert outputs.dtype == jnp.float32
-
-
-def test_convolution_refuses_another_method():
-  with pytest.raises(ValueError, match="'patches' or 'xla', not 'fast'"):
-    convolution("fast")
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize("height", [6, 7])
-def test_max_pool_and_its_gradient_are_flax_s(height, padding):
-  """With ties, too, as a ReLU or a constant background makes them."""
-  rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.integers(0, 3, (2, height, 5, 3)), jnp.float32)
-  ours, pull_ours = jax.vjp(lambda x: models.max_pool(x, padding), images)
-  theirs, pull_theirs = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2), padding), images)
-  np.testing.assert_array_equal(ours, theirs)
-  weigh = jnp.asarray(rng.normal(size=ours.shape), jnp.float32)
-  np.testing.assert_array_equal(pull_ours(weigh)[0], pull_theirs(weigh)[0])
 
 
 def test_batch_statistics_are_those_of_the_batch():

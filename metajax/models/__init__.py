@@ -1,14 +1,14 @@
 """Networks, and adapters for Flax and Equinox modules. A model is a pair `(init, apply)`."""
 
-from metajax.models import convolution
 from metajax.models.adapters import Model, from_equinox, from_linen, from_nnx
+from metajax.models.fast import convolution
+from metajax.models.fast.blocks import max_pool
 from metajax.models.networks import (
   MLP,
   BatchStatsNorm,
   ConvNet,
   finn_mini_imagenet,
   finn_omniglot,
-  max_pool,
   mini_imagenet,
   omniglot,
   sine,

@@ -5,6 +5,7 @@ model therefore has no state besides its parameters, and can be vmapped.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -12,13 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from metajax import checks
+from metajax import checks, devices
 from metajax.models.adapters import Model, from_linen
-from metajax.models.convolution import Method, convolution
+from metajax.models.fast import Method, convolution
+from metajax.models.fast.blocks import Padding, max_pool, normalize, normalize_pool_relu
 
 Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
-Padding = Literal["SAME", "VALID"]
+
+
+class Conv(nn.Module):
+  """A convolution `[n, h, w, c]` to `[n, h / stride, w / stride, features]`, for batch normalization.
+
+  It has a bias, as in the paper's code, but does not add it: batch normalization would subtract it
+  again. So its derivative is exactly 0. If the bias were added, it would be rounding error, and Adam
+  would make steps of it.
+
+  Attributes:
+    features: the number of outputs at each position.
+    stride: the stride along height and width.
+    method: the implementation of convolution; see `metajax.models.fast`.
+  """
+
+  features: int
+  stride: int
+  method: Method | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    shape = (3, 3, inputs.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+    self.param("bias", nn.initializers.zeros, (self.features,))
+    inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel)
+    convolve = convolution(self.method)
+    strides = (self.stride, self.stride)
+    return convolve(inputs, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class BatchStatsNorm(nn.Module):
@@ -27,20 +56,19 @@ class BatchStatsNorm(nn.Module):
   Attributes:
     epsilon: added to the variance; 1e-3 in the paper's code (TensorFlow's default).
     use_scale: whether to learn scales; offsets are always learned.
+    function: `(inputs, scale, bias, epsilon) -> outputs`, normalization alone or with what follows.
   """
 
   epsilon: float = 1e-3
   use_scale: bool = True
+  function: Callable[..., jax.Array] = normalize
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     channels = inputs.shape[-1:]
     scale = self.param("scale", nn.initializers.ones, channels) if self.use_scale else 1.0
     bias = self.param("bias", nn.initializers.zeros, channels)
-    axes = tuple(range(inputs.ndim - 1))
-    centred = inputs - jnp.mean(inputs, axes)
-    variance = jnp.mean(jnp.square(centred), axes)
-    return centred * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+    return self.function(inputs, scale, bias, self.epsilon)
 
 
 class ConvNet(nn.Module):
@@ -51,7 +79,7 @@ class ConvNet(nn.Module):
     filters: the number of features of every convolution.
     downsample: `"stride"` (convolutions of stride 2) or `"pool"` (2x2 max-pooling).
     head: the input of the dense layer: all positions (`"flatten"`) or their average (`"mean"`).
-    method: the implementation of convolution; see `metajax.models.convolution`.
+    method: the implementation of convolution; see `metajax.models.fast`.
     pool_padding: whether pooling keeps an odd last row or column (`"SAME"`) or drops it
       (`"VALID"`).
     norm_scale: whether batch normalization has scales besides offsets.
@@ -83,23 +111,23 @@ class ConvNet(nn.Module):
     """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 is divided by 255."""
     if inputs.ndim != 4:
       raise ValueError(f"images must be [n, height, width, channels], not {inputs.shape}")
-    pool = self.downsample == "pool"
     hidden = inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
-    for _ in range(4):
-      hidden = nn.Conv(
-        self.filters,
-        (3, 3),
-        strides=1 if pool else 2,
-        padding="SAME",
-        kernel_init=nn.initializers.glorot_uniform(),
-        conv_general_dilated=convolution(self.method),
-      )(hidden)
-      hidden = BatchStatsNorm(use_scale=self.norm_scale)(hidden)
-      hidden = nn.relu(max_pool(hidden, self.pool_padding) if pool else hidden)
+    after = self._after_convolution()
+    for layer in range(4):
+      stride = 1 if self.downsample == "pool" else 2
+      hidden = Conv(self.filters, stride, self.method, name=f"Conv_{layer}")(hidden)
+      hidden = BatchStatsNorm(use_scale=self.norm_scale, function=after)(hidden)
     if self.head == "mean":
       hidden = jnp.mean(hidden, axis=(1, 2))
     hidden = hidden.reshape(hidden.shape[0], -1)
     return nn.Dense(self.ways, kernel_init=self.head_init)(hidden)
+
+  def _after_convolution(self) -> Callable[..., jax.Array]:
+    if self.downsample == "stride":
+      return lambda *arguments: nn.relu(normalize(*arguments))
+    if (self.method or devices.defaults().convolution) == "cpu":
+      return partial(normalize_pool_relu, padding=self.pool_padding)
+    return lambda *arguments: nn.relu(max_pool(normalize(*arguments), self.pool_padding))
 
 
 class MLP(nn.Module):
@@ -126,27 +154,6 @@ class MLP(nn.Module):
     return inputs
 
 
-def max_pool(inputs: jax.Array, padding: Padding = "SAME") -> jax.Array:
-  """2x2 max-pooling of stride 2: `[n, h, w, c]` to `[n, ceil(h / 2), ceil(w / 2), c]`.
-
-  With padding `"VALID"` an odd last row or column is dropped: `floor` in place of `ceil`.
-
-  It is computed by elementwise selections, since the gradient of XLA's window reduction is slow on
-  CPU. As in XLA, the gradient goes to the first of equal entries.
-  """
-  n, height, width, channels = inputs.shape
-  if padding == "SAME":
-    odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-    inputs = jnp.pad(inputs, odd, constant_values=-jnp.inf)
-  else:
-    inputs = inputs[:, : height - height % 2, : width - width % 2]
-  inputs = inputs.reshape(n, inputs.shape[1] // 2, 2, inputs.shape[2] // 2, 2, channels)
-  larger = lambda a, b: jnp.where(a >= b, a, b)
-  top = larger(inputs[:, :, 0, :, 0], inputs[:, :, 0, :, 1])
-  bottom = larger(inputs[:, :, 1, :, 0], inputs[:, :, 1, :, 1])
-  return larger(top, bottom)
-
-
 def omniglot(
   ways: int,
   *,
@@ -160,7 +167,7 @@ def omniglot(
     ways: the number of classes.
     filters: 64 in the paper, which gives 113,221 parameters at 5 ways.
     downsample: `"stride"`, as in the paper, or `"pool"`.
-    method: the implementation of convolution; see `metajax.models.convolution`.
+    method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
     A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
@@ -174,7 +181,7 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
   Args:
     ways: the number of classes.
     filters: 32 in the paper.
-    method: the implementation of convolution; see `metajax.models.convolution`.
+    method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
     A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
