@@ -396,7 +396,7 @@ def with_torchopt(workload: Workload, params: Tree, data: Data) -> Callable[[], 
 PEERS: dict[str, Peer] = {
   "torch.func vmap": func_vmap,
   "torch.func loop": func_loop,
-  "torch.func loop, channels last": partial(func_loop, channels_last=True),
+  "torch.func loop channels_last": partial(func_loop, channels_last=True),
   "torch.compile": func_compiled,
   "higher": with_higher,
   "torchopt": with_torchopt,

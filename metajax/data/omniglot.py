@@ -120,15 +120,16 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
       f"images_evaluation.zip from {URL} and give their folder as data_dir"
     ) from error
   try:
-    return [_read_split(builder.as_data_source(split=split)) for split in ARCHIVES]
+    return [_read_split(builder.as_data_source(split=split), split) for split in ARCHIVES]
   except Exception as error:  # readers raise many types of error on damaged files
     raise damaged from error
 
 
-def _read_split(source: Any) -> np.ndarray:
-  """Returns the drawings of a split, ordered by the characters' numbers."""
-  characters = sorted((record["label"], record["drawings"]) for record in source)
-  return np.stack([drawings for _, drawings in characters])
+def _read_split(source: Any, split: str) -> np.ndarray:
+  """Returns the drawings of a split, in the order of the characters' numbers."""
+  drawings = {int(record["label"]): record["drawings"] for record in source}
+  in_order = np.stack([drawings[label] for label in sorted(drawings)])
+  return in_order.reshape(ARCHIVES[split][1], DRAWINGS, _SIZE, _SIZE)
 
 
 def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
