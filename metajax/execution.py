@@ -286,6 +286,10 @@ def _over_slots(
     return total[0], inner_state, total[1]
 
   def body(total: Any, slots: Any) -> tuple[Any, InnerState]:
+    # Slots that only fill up the mesh are not computed: the other devices can use the core.
+    return jax.lax.cond(jnp.any(slots[2] > 0), add, lambda total, slots: (total, slots[0]), total, slots)
+
+  def add(total: Any, slots: Any) -> tuple[Any, InnerState]:
     more, inner_state = together(slots)
     return jax.tree.map(jnp.add, total, more), inner_state
 

@@ -184,13 +184,14 @@ def _convolve(images: jax.Array, kernel: jax.Array, *, pads: Pads) -> jax.Array:
 
 def _correlate(images: jax.Array, g: jax.Array, *, pads: Pads) -> jax.Array:
   """The kernel `[height, width, channels, features]`: sum over images of patches^T g."""
-  images = _pad(images, pads)
   out, features, channels = g.shape[1:3], g.shape[-1], images.shape[-1]
-  window = [size - o + 1 for size, o in zip(images.shape[1:3], out, strict=True)]
+  window = [
+    size + sum(pad) - o + 1 for size, pad, o in zip(images.shape[1:3], pads, out, strict=True)
+  ]
 
   def add(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     image, g = one
-    columns = jnp.concatenate(_shifted(image[None], window, out, (1, 1)), -1)
+    columns = jnp.concatenate(_shifted(_pad(image[None], pads), window, out, (1, 1)), -1)
     return total + g.reshape(-1, features).T @ columns.reshape(-1, columns.shape[-1]), None
 
   zeros = jnp.zeros((features, math.prod(window) * channels), images.dtype)
