@@ -20,7 +20,13 @@ import optax
 
 import metajax
 
-ALGORITHMS = ("reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode", "evaluation")
+ALGORITHMS = ("reptile", "fomaml", "maml", "maml_reverse", "maml_remat", "evaluation")
+# What is after the underscore: how MAML differentiates through the inner steps.
+_COSTS: dict[str, dict[str, bool]] = {
+  "": {},
+  "reverse": {"mixed_mode": False},
+  "remat": {"mixed_mode": False, "remat": True},
+}
 MODELS = ("omniglot", "omniglot_pool", "mini_imagenet", "sine")
 EXECUTIONS = ("vmap", "chunked", "serial", "sharded")
 INNER_RATES = {"adam": 1e-3, "sgd": 0.01}
@@ -229,9 +235,7 @@ def _meta_step(
 ) -> tuple[Any, tuple]:
   """A whole meta-step, every task's gradient and the outer update, and its arguments."""
   estimator, _, cost = case.algorithm.partition("_")
-  gradient = getattr(metajax, estimator)(
-    loss_of(case, model), _inner(case), **({cost: True} if cost else {})
-  )
+  gradient = getattr(metajax, estimator)(loss_of(case, model), _inner(case), **_COSTS[cost])
   chunk = min(case.chunk, case.meta_batch)
   if case.execution == "serial":
     execution = metajax.serial(case.meta_batch)

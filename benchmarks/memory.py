@@ -14,7 +14,7 @@ from absl import app, flags
 from benchmarks import cases, wall_clock
 
 FLAGS = flags.FLAGS
-FLAGS.set_default("algorithms", ["reptile", "fomaml", "maml", "maml_remat", "maml_mixed_mode"])
+FLAGS.set_default("algorithms", ["reptile", "fomaml", "maml", "maml_reverse", "maml_remat"])
 FLAGS.set_default("inner_steps", ["1", "2", "5", "10", "20", "50", "100"])
 FLAGS.set_default("meta_batch", ["1"])
 FLAGS.set_default("optimizer", "sgd")

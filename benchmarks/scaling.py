@@ -37,7 +37,7 @@ from benchmarks.cases import Case
 FLAGS = flags.FLAGS
 
 _REPTILE = Case("reptile", "omniglot", 5, 5, "sharded", "cpu", 10, 10, "adam", 1)
-_MAML = Case("maml_mixed_mode", "omniglot", 6, 32, "sharded", "cpu", 5, 75, "sgd", 1)
+_MAML = Case("maml", "omniglot", 6, 32, "sharded", "cpu", 5, 75, "sgd", 1)
 WORKLOADS = {  # as in the tables of `benchmarks/README.md`
   "omniglot_reptile": _REPTILE,
   "omniglot_fomaml": _MAML._replace(algorithm="fomaml"),

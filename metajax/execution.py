@@ -287,7 +287,9 @@ def _over_slots(
 
   def body(total: Any, slots: Any) -> tuple[Any, InnerState]:
     # Slots that only fill up the mesh are not computed: the other devices can use the core.
-    return jax.lax.cond(jnp.any(slots[2] > 0), add, lambda total, slots: (total, slots[0]), total, slots)
+    return jax.lax.cond(
+      jnp.any(slots[2] > 0), add, lambda total, slots: (total, slots[0]), total, slots
+    )
 
   def add(total: Any, slots: Any) -> tuple[Any, InnerState]:
     more, inner_state = together(slots)

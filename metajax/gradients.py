@@ -113,7 +113,7 @@ def maml(
   optimizer: optax.GradientTransformation,
   *,
   remat: bool = False,
-  mixed_mode: bool = False,
+  mixed_mode: bool = True,
 ) -> MetaGradient:
   """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative through the inner steps (Equation 3).
 
@@ -125,9 +125,10 @@ def maml(
     loss_fn: `(params, batch) -> scalar`.
     optimizer: the inner optimizer.
     remat: recompute each inner step in the backward pass, which takes less memory and more time.
-    mixed_mode: compute the Hessian-vector product of each inner step forward over reverse, which
-      keeps no tape of the inner gradients and takes less memory still. The `loss_fn` must then
-      support forward-mode differentiation.
+    mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
+      keeps no tape of the inner gradients, so it takes less memory, and it is never slower. If the
+      `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), JAX refuses it:
+      then give False, which differentiates through the inner gradients in reverse mode.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,

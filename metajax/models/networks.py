@@ -23,11 +23,11 @@ Head = Literal["flatten", "mean"]
 
 
 class Conv(nn.Module):
-  """A convolution `[n, h, w, c]` to `[n, h / stride, w / stride, features]`, for batch normalization.
+  """A 3x3 convolution that is followed by batch normalization.
 
-  It has a bias, as in the paper's code, but does not add it: batch normalization would subtract it
-  again. So its derivative is exactly 0. If the bias were added, it would be rounding error, and Adam
-  would make steps of it.
+  It has a bias, as in the paper's code, but does not add it, because batch normalization would
+  subtract it again. Its derivative is therefore exactly 0. If the bias were added, the derivative
+  would be rounding error, of which Adam makes steps.
 
   Attributes:
     features: the number of outputs at each position.

@@ -103,7 +103,9 @@ def _extremes(inputs: jax.Array, sign: jax.Array, padding: Padding) -> tuple[jax
   a, b, c, d = (signed[:, row::2, column::2] for row in (0, 1) for column in (0, 1))
   upper, lower = jnp.maximum(a, b), jnp.maximum(c, d)
   places = jnp.where(upper >= lower, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
-  return jnp.where(sign == 0, _even(inputs, padding, 0)[:, ::2, ::2], jnp.maximum(upper, lower) * sign), places.astype(jnp.int8)
+  return jnp.where(
+    sign == 0, _even(inputs, padding, 0)[:, ::2, ::2], jnp.maximum(upper, lower) * sign
+  ), places.astype(jnp.int8)
 
 
 @_extremes.defjvp
