@@ -153,6 +153,11 @@ def loss_of(case: Case, model: metajax.Model) -> Any:
   return make(model.apply, reduction="mean")
 
 
+def meta_gradient(case: Case, model: metajax.Model) -> metajax.MetaGradient:
+  estimator, _, cost = case.algorithm.partition("_")
+  return getattr(metajax, estimator)(loss_of(case, model), _inner(case), **_COSTS[cost])
+
+
 def inner_optimizer(case: Case) -> str:
   return "sgd" if case.algorithm.startswith("maml") else case.optimizer
 
@@ -234,8 +239,7 @@ def _meta_step(
   case: Case, model: metajax.Model, params: Any, episodes: metajax.Episode
 ) -> tuple[Any, tuple]:
   """A whole meta-step, every task's gradient and the outer update, and its arguments."""
-  estimator, _, cost = case.algorithm.partition("_")
-  gradient = getattr(metajax, estimator)(loss_of(case, model), _inner(case), **_COSTS[cost])
+  gradient = meta_gradient(case, model)
   chunk = min(case.chunk, case.meta_batch)
   if case.execution == "serial":
     execution = metajax.serial(case.meta_batch)
@@ -317,6 +321,17 @@ def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
         curved = product(phi, batch, result)
         result = jax.tree.map(lambda r, c: r - rate * c, result, curved)
     return jax.tree.map(np.asarray, result)
+
+
+def gradient_in_float64(case: Case, params: Any, episodes: metajax.Episode) -> Any:
+  """The first task's meta-gradient, computed by the library in float64."""
+  estimator = meta_gradient(case, network(case.model, case.convolution).model)
+  doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
+  with jax.enable_x64(True):
+    params = jax.tree.map(doubled, params)
+    episode = jax.tree.map(lambda leaf: doubled(leaf[0]), episodes)
+    estimate = jax.jit(estimator.estimate)
+    return jax.device_get(estimate(params, estimator.init(params), episode)[0])
 
 
 def relative_error(ours: Any, exact: Any) -> float:

@@ -4,8 +4,10 @@
 
 All programs run in turns in one process. A peer that is not installed, or does not support a
 workload, is named and left out. `ratio` is a peer's median time divided by the fastest median of
-metajax in the same table, and `apart` is the relative distance of its gradient from metajax's. The
-inner optimizer is Adam for Reptile and SGD for the others. The other flags are those of
+metajax in the same table, and `apart` is the relative distance of its gradient from metajax's.
+`float64` is the relative distance of the first task's gradient from that of plain loops, all of
+them in float64: where it is tiny, `apart` is rounding, which ReLU and pooling magnify. The inner
+optimizer is Adam for Reptile and SGD for the others. The other flags are those of
 `benchmarks.wall_clock`.
 """
 
@@ -61,6 +63,9 @@ def compare(
   episodes = cases.random_episodes(ours[0], net.inputs)
   params = jax.device_get(jax.jit(net.model.init)(jax.random.key(0)))
   data = torch_peers.Data(*episodes.pool, np.asarray(episodes.schedule), *episodes.tail)
+  doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
+  exact = cases.plain_gradient(ours[0], params, episodes)
+  one_task = torch_peers.Data(*(doubled(leaf[:1]) for leaf in data))
 
   names: list[str] = []
   calls: list[Callable[[], Any]] = []
@@ -72,6 +77,9 @@ def compare(
     compiling.append(program.lower_seconds + program.compile_seconds)
   gradient = calls[0]()[0].outer[0].trace
   apart: list[float | None] = [None] * len(ours)
+  in_float64 = [
+    cases.relative_error(cases.gradient_in_float64(case, params, episodes), exact) for case in ours
+  ]
   for name, build in torch_peers.PEERS.items():
     if FLAGS.peers and name not in FLAGS.peers:
       continue
@@ -80,6 +88,8 @@ def compare(
       call = build(workload, params, data)
       found = call()  # the first call includes compiling
       first = time.perf_counter() - start
+      doubled_params = jax.tree.map(doubled, params)
+      of_one_task = build(workload._replace(meta_batch=1), doubled_params, one_task)()
     except (ImportError, NotImplementedError) as error:
       print(f"{name}: {error}")
       continue
@@ -87,19 +97,22 @@ def compare(
     calls.append(call)
     compiling.append(first - cases.timed(call))
     apart.append(cases.relative_error(gradient, found))
+    in_float64.append(cases.relative_error(of_one_task, exact))
   seconds = cases.in_turns([*calls, *products.calls], FLAGS.repeats)
   rate = products.rate(seconds[len(calls) :])
   medians = [float(np.median(times)) for times in seconds[: len(calls)]]
   best = min(medians[: len(ours)])
   print(f"\n{workload}, matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n")
-  print("| | compile (s) | run (ms) | 10-90 % | ratio | apart |\n|---|---|---|---|---|---|")
+  print("| | compile (s) | run (ms) | 10-90 % | ratio | apart | float64 |")
+  print("|---|---|---|---|---|---|---|")
   # Not strict: seconds also holds the times of the matrix products.
-  rows = zip(names, compiling, seconds, medians, apart, strict=False)
-  for name, compile_time, times, median, distance in rows:
+  rows = zip(names, compiling, seconds, medians, apart, in_float64, strict=False)
+  for name, compile_time, times, median, distance, exactly in rows:
     low, high = 1e3 * np.percentile(times, (10, 90))
     print(
       f"| {name} | {max(0.0, compile_time):.1f} | {1e3 * median:.1f} | {low:.1f}-{high:.1f} "
-      f"| {median / best:.2f} | {'' if distance is None else f'{distance:.0e}'} |"
+      f"| {median / best:.2f} | {'' if distance is None else f'{distance:.0e}'} "
+      f"| {exactly:.0e} |"
     )
 
 

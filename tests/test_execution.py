@@ -54,6 +54,20 @@ def test_sharded_is_vmap_on_any_number_of_devices(devices, chunk):
   assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(spread_state)} == {devices}
 
 
+def test_slots_that_fill_up_the_mesh_are_not_computed():
+  one, seen = metajax.fomaml(LOSS, optax.sgd(0.1)), []
+
+  def estimate(params, inner_state, episode):
+    jax.debug.callback(lambda _: seen.append(None), episode.schedule)
+    return one.estimate(params, inner_state, episode)
+
+  gradient = metajax.sharded(T, mesh(4), chunk=1).lift(one._replace(estimate=estimate))
+  episodes = problems.episodes(range(T), k=3)
+  jax.block_until_ready(jax.jit(gradient.estimate)(PARAMS, (), episodes))
+  jax.effects_barrier()
+  assert len(seen) == T  # of 8 slots
+
+
 def test_sharded_adds_gradients_in_one_all_reduce():
   gradient = metajax.sharded(4, mesh(4), chunk=1).lift(metajax.reptile(LOSS, ADAM))
   spread = jax.NamedSharding(mesh(4), jax.P("tasks"))
