@@ -126,7 +126,7 @@ def maml(
     optimizer: the inner optimizer.
     remat: recompute each inner step in the backward pass, which takes less memory and more time.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
-      keeps no tape of the inner gradients, so it takes less memory, and it is never slower. If the
+      keeps no tape of the inner gradients, so it takes less memory and no more time. If the
       `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), JAX refuses it:
       then give False, which differentiates through the inner gradients in reverse mode.
 
