@@ -283,6 +283,11 @@ def _placed(case: Case, episodes: metajax.Episode) -> metajax.Episode:
   return jax.device_put(episodes)
 
 
+def doubled(leaf: Any) -> np.ndarray:
+  """A float32 array as float64; other arrays as they are."""
+  return np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
+
+
 def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
   """The first task's meta-gradient, computed by plain loops in float64 with XLA's convolution.
 
@@ -292,7 +297,6 @@ def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
   loss = loss_of(case, network(case.model, "xla").model)
   adam, rate = inner_optimizer(case) == "adam", INNER_RATES[inner_optimizer(case)]
   with jax.enable_x64(True):
-    doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
     phi = start = jax.tree.map(doubled, params)
     task = jax.tree.map(lambda leaf: doubled(leaf[0]), episodes)
     gradient = jax.jit(jax.grad(loss))
@@ -326,7 +330,6 @@ def plain_gradient(case: Case, params: Any, episodes: metajax.Episode) -> Any:
 def gradient_in_float64(case: Case, params: Any, episodes: metajax.Episode) -> Any:
   """The first task's meta-gradient, computed by the library in float64."""
   estimator = meta_gradient(case, network(case.model, case.convolution).model)
-  doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
   with jax.enable_x64(True):
     params = jax.tree.map(doubled, params)
     episode = jax.tree.map(lambda leaf: doubled(leaf[0]), episodes)

@@ -63,9 +63,8 @@ def compare(
   episodes = cases.random_episodes(ours[0], net.inputs)
   params = jax.device_get(jax.jit(net.model.init)(jax.random.key(0)))
   data = torch_peers.Data(*episodes.pool, np.asarray(episodes.schedule), *episodes.tail)
-  doubled = lambda leaf: np.asarray(leaf, np.float64 if leaf.dtype == np.float32 else leaf.dtype)
   exact = cases.plain_gradient(ours[0], params, episodes)
-  one_task = torch_peers.Data(*(doubled(leaf[:1]) for leaf in data))
+  one_task = torch_peers.Data(*(cases.doubled(leaf[:1]) for leaf in data))
 
   names: list[str] = []
   calls: list[Callable[[], Any]] = []
@@ -88,7 +87,7 @@ def compare(
       call = build(workload, params, data)
       found = call()  # the first call includes compiling
       first = time.perf_counter() - start
-      doubled_params = jax.tree.map(doubled, params)
+      doubled_params = jax.tree.map(cases.doubled, params)
       of_one_task = build(workload._replace(meta_batch=1), doubled_params, one_task)()
     except (ImportError, NotImplementedError) as error:
       print(f"{name}: {error}")

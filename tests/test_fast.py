@@ -233,9 +233,12 @@ def test_networks_share_parameters_and_results(x64, network):
     gradient = lambda params: jax.grad(loss)(params, examples)
     return jax.jit(lambda params, v: jax.jvp(gradient, (params,), (v,)))(params, v)
 
+  method = "patches" if network == "strides" else "cpu"
+  starts = (jax.jit(model(name).init)(KEY) for name in ("xla", method))
+  jax.tree.map(np.testing.assert_array_equal, *starts)
   plain = results("xla")
   assert not any(np.any(plain[0][f"Conv_{layer}"]["bias"]) for layer in range(4))
-  agree(results("patches" if network == "strides" else "cpu"), plain)
+  agree(results(method), plain)
 
 
 def test_on_cpu_networks_use_what_is_written_for_it():

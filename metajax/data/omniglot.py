@@ -81,7 +81,6 @@ def _with_rotations(drawings: np.ndarray) -> Classes:
 
 def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarray]:
   """Returns the drawings of the two archives, each uint8 `[characters, 20, 28, 28]`."""
-
   from metajax.data.omniglot_builder import MetajaxOmniglot
 
   if data_dir is None:
@@ -164,7 +163,7 @@ def _read_records(split: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _shrink(content: bytes, name: object) -> np.ndarray:
-  """Decodes a drawing and resizes it to uint8 `[28, 28]` by nearest neighbour, as in the paper."""
+  """A drawing as uint8 `[28, 28]`, resized by nearest neighbour as in the paper's code."""
   image = decode_image(content, name, size=(_SOURCE_SIZE, _SOURCE_SIZE), mode="L")
   pixels = ((np.arange(_SIZE) + 0.5) * _SOURCE_SIZE / _SIZE).astype(int)
   return image[np.ix_(pixels, pixels)]

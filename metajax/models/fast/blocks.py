@@ -46,16 +46,16 @@ def normalize_pool_relu(
 ) -> jax.Array:
   """relu(max_pool(normalize(inputs, scale, bias, epsilon), padding)), which pools first.
 
-  Let h be the inputs and a = scale / sqrt(variance + epsilon). Normalization is increasing where
-  a > 0 and decreasing where a < 0, so what wins in a window is the largest or the smallest of h. It
-  is enough to normalize these, a quarter of the array:
+  Let h be the inputs, r = 1 / sqrt(variance + epsilon) and a = r scale. Normalization is increasing
+  where a > 0 and decreasing where a < 0, so what wins in a window is the largest or the smallest of
+  h. It is enough to normalize these, a quarter of the array:
 
       y = relu((P h - mean) a + bias),
 
   where P picks the winner of each window, or the first entry if a = 0. For a cotangent g of
   y before ReLU, the backward pass is then, over m positions,
 
-      dh = P^T(a g) - sum(a g) / m - (h - mean) a (sum(g (P h - mean)) a / scale^2) / m,
+      dh = P^T(a g) - sum(a g) / m - (h - mean) a r^2 sum(g (P h - mean)) / m,
 
   one pass over an array of the inputs' size. All sums are over the pooled arrays.
   """
