@@ -39,7 +39,7 @@ def is_apply(apply: Any) -> None:
 
 def is_task(task: Any) -> None:
   """Checks what a task sampler returned."""
-  if not (isinstance(task, Task) and all(isinstance(part, Examples) for part in task)):
+  if not (isinstance(task, Task) and all(isinstance(part, Examples) for part in task[:2])):
     raise ValueError(
       f"a task must be a metajax.Task of two metajax.Examples, not {type(task).__name__}: return "
       "Task(Examples(inputs, targets), Examples(inputs, targets)) from sample_task"

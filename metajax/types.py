@@ -25,10 +25,18 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-  """One task: the examples to adapt on, and the examples to test the adapted learner on."""
+  """One task: the examples to adapt on, and the examples to test the adapted learner on.
+
+  Attributes:
+    train: to adapt on.
+    test: to test on.
+    classes: for classification int32 `[ways]`, the number that the class of each label has in the
+      data set; None where that is not known.
+  """
 
   train: Examples
   test: Examples
+  classes: Any = None
 
 
 class Episode(NamedTuple):

@@ -238,7 +238,7 @@ ARRAYS = [
   ("lengths differ", np.ones((3, 2)), np.zeros(2, int), r"must be \[m, ...\] and \[m\]"),
   ("no example", np.ones((0, 2)), np.zeros(0, int), "with m >= 1"),
   ("a number", np.float32(1), np.zeros(1, int), r"must be \[m, ...\] and \[m\]"),
-  ("float labels", np.ones((2, 2)), np.zeros(2), "labels must be integers, not float64"),
+  ("float labels", np.ones((2, 2)), np.zeros(2), "labels must be integers or strings, not float64"),
   ("not a number", np.array([1.0, np.nan]), np.zeros(2, int), "must be finite .* remove them"),
   ("complex nan", np.array([1j, np.nan]), np.zeros(2, int), "must be finite .* remove them"),
   ("bfloat16", np.array([1, np.inf], jnp.bfloat16), np.zeros(2, int), "must be finite bfloat16"),
@@ -266,14 +266,14 @@ def numbers(*three):
 UNEQUAL = classes([9, 8, 6, 30, 9])
 TASKS = [
   ("ways > classes", UNEQUAL, numbers(6, 1, 1), "there are 5: lower the ways"),
-  ("shots > the smallest", UNEQUAL, numbers(5, 4, 3), "class number 2, .* has 6: lower the shots"),
+  ("shots > the smallest", UNEQUAL, numbers(5, 4, 3), "class 2 has 6: lower the shots"),
   ("no shots", UNEQUAL, numbers(5, 0, 3), "train_shots must be at least 1"),
   ("negative test", UNEQUAL, numbers(5, 1, -1), "test_shots at least 0"),
   (
     "an empty class",
     UNEQUAL._replace(sizes=jnp.array([9, 8, 6, 0, 9])),
     numbers(2, 1, 1),
-    "class number 3, .* has 0",
+    "class 3 has 0",
   ),
   (
     "rows that are not there",
@@ -523,10 +523,10 @@ def test_a_damaged_cache_of_omniglot_is_named(tmp_path, small_omniglot, damage):
   np.testing.assert_array_equal(read().test.inputs, whole)
 
 
-def other_arrays(content):
+def with_floats(content):
   file = io.BytesIO()
-  ones, labels = np.ones((2, 84, 84, 3)), np.zeros(2, int)
-  np.savez(file, train_images=ones, train_labels=labels, test_images=ones, test_labels=labels)
+  arrays = dict(np.load(io.BytesIO(content)))
+  np.savez(file, **arrays | {"train_images": arrays["train_images"].astype(float)})
   return file.getvalue()
 
 
@@ -538,7 +538,7 @@ def no_arrays(content):
 
 @pytest.mark.parametrize(
   "damage",
-  cases([*DAMAGE, ("flipped", flip_a_bit), ("floats", other_arrays), ("others", no_arrays)]),
+  cases([*DAMAGE, ("flipped", flip_a_bit), ("floats", with_floats), ("others", no_arrays)]),
 )
 def test_a_damaged_cache_of_mini_imagenet_is_named(mini, tmp_path, damage):
   cache = tmp_path / "cache"

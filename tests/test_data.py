@@ -12,7 +12,17 @@ import pytest
 from archives import members, write_omniglot, write_tar
 from PIL import Image
 
-from metajax.data import DataError, few_shot, files, glyphs, mini_imagenet, omniglot, sine
+import metajax
+from metajax.data import (
+  DataError,
+  class_folders,
+  few_shot,
+  files,
+  glyphs,
+  mini_imagenet,
+  omniglot,
+  sine,
+)
 
 KEY = jax.random.key(0)
 
@@ -69,6 +79,46 @@ def test_from_arrays_sorts_by_label():
   classes = few_shot.from_arrays(np.array([5.0, 6.0, 7.0, 8.0]), np.array([9, -2, 9, 4]))
   np.testing.assert_array_equal(classes.inputs, [6.0, 8.0, 5.0, 7.0])
   np.testing.assert_array_equal(classes.sizes, [1, 1, 2])
+
+
+def test_trees_and_names():
+  tokens = np.arange(12).reshape(6, 2)
+  inputs = {"tokens": tokens, "mask": tokens > 4}
+  classes = few_shot.from_arrays(inputs, ["dog", "cat", "dog", "bee", "cat", "cat"])
+  assert classes.names == ("bee", "cat", "dog")
+  np.testing.assert_array_equal(classes.inputs["tokens"][:, 0], [6, 2, 8, 10, 0, 4])
+  task = jax.jit(few_shot.sample_task(classes, ways=2, train_shots=1, test_shots=0))(KEY)
+  labels = ["dog", "cat", "dog", "bee", "cat", "cat"]
+  for tokens, mask, label in zip(*task.train.inputs.values(), task.train.targets, strict=True):
+    tokens, mask = (tokens, mask) if tokens.dtype != bool else (mask, tokens)
+    assert classes.names[task.classes[label]] == labels[int(tokens[0]) // 2]
+    np.testing.assert_array_equal(mask, tokens > 4)
+
+
+def test_small_classes_are_left_out_by_name():
+  with pytest.warns(UserWarning, match="fewer than 2 examples are left out: 'bee' has 1"):
+    classes = few_shot.from_arrays(
+      np.arange(5), np.array(["dog", "cat", "dog", "bee", "cat"], object), min_examples=2
+    )
+  assert classes.names == ("cat", "dog") and classes.sizes.tolist() == [2, 2]
+  np.testing.assert_array_equal(classes.inputs, [1, 4, 0, 2])
+  np.testing.assert_array_equal(classes.starts, [0, 2])
+
+
+def test_classes_are_divided():
+  sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+  parts = few_shot.split(numbered_classes(sizes), validation=2, test=0.3, seed=1)
+  assert [len(part.starts) for part in parts] == [5, 2, 3]
+  names = [name for part in parts for name in part.names]
+  assert sorted(names) == list(range(10))
+  for part in parts:
+    for name, start, size in zip(part.names, part.starts, part.sizes, strict=True):
+      found = np.asarray(part.inputs[start : start + size, 0])
+      np.testing.assert_array_equal(found, 1000 * name + np.arange(sizes[name]))
+  again = few_shot.split(numbered_classes(sizes), validation=0, test=3, seed=1)
+  assert again.validation is None and len(again.train.starts) == 7
+  other = few_shot.split(numbered_classes(sizes), validation=0, test=3, seed=2)
+  assert set(other.test.names) != set(again.test.names)
 
 
 # Sine waves
@@ -210,7 +260,7 @@ def test_mini_imagenet_reads_every_archive_once(mini, tmp_path, monkeypatch):
     raise AssertionError("decoded again")
 
   with monkeypatch.context() as patch:
-    patch.setattr(mini_imagenet, "decode_image", fail)
+    patch.setattr(class_folders, "decode_image", fail)
     again = mini_imagenet.load(mini, cache_dir=cache)
   np.testing.assert_array_equal(again.train.inputs, splits.train.inputs)
   write_tar(mini / "val.tar.gz", members("val", {"n05": 2}))
@@ -243,6 +293,89 @@ def test_a_class_moved_to_another_split_is_noticed(tmp_path):
   after = mini_imagenet.load(tmp_path, cache_dir=tmp_path / "cache")
   assert (len(before.train.starts), before.validation) == (2, None)
   assert (len(after.train.starts), len(after.validation.starts)) == (1, 1)
+
+
+# Folders of images
+
+
+def write_image(path, color, size, **options):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  mode = options.pop("mode", "RGB")
+  Image.new(mode, size, color).save(path, **options)
+
+
+@pytest.fixture
+def messy(tmp_path):
+  """Gray and RGB, several sizes and types, uneven counts, a corrupt file, and a text."""
+  folder = tmp_path / "messy"
+  for name, count in zip("abcdef", (5, 4, 3, 4, 3, 1), strict=True):
+    for i in range(count):
+      write_image(folder / name / f"{i}.png", (200, 100, 50), (30 + i, 20))
+  write_image(folder / "a" / "gray.jpg", 128, (64, 64), mode="L")
+  write_image(folder / "b" / "clear.PNG", (0, 0, 0, 0), (8, 8), mode="RGBA")
+  (folder / "c" / "broken.png").write_bytes(b"no image")
+  write_image(folder / "d" / "deep.png", 40_000, (8, 8), mode="I;16")
+  (folder / "c" / "notes.txt").write_text("my images")
+  (folder / ".thumbnails").mkdir()
+  return folder
+
+
+def test_a_messy_folder(messy, tmp_path):
+  options = {"size": (10, 12), "test": 2, "validation": 0, "cache_dir": tmp_path / "cache"}
+  both = r"c/broken.png .* not a readable image.*; d/deep.png .* more than 8 bits .*, or skip such"
+  with pytest.raises(DataError, match=both):
+    metajax.data.from_folder(messy, **options)
+  assert not list(tmp_path.glob("cache/*"))
+  for _ in range(2):  # decoded, and from the cache
+    with pytest.warns(UserWarning) as warned:
+      splits = metajax.data.from_folder(messy, **options, unreadable="skip", min_examples=3)
+    said = [str(one.message) for one in warned]
+    assert "images are skipped" in said[0] and "'f' has 1" in said[1] and len(said) == 2
+    assert sorted((*splits.train.names, *splits.test.names)) == list("abcde")
+    assert splits.train.inputs.shape[1:] == (10, 12, 3) and splits.train.inputs.dtype == jnp.uint8
+    assert sum(len(part.inputs) for part in (splits.train, splits.test)) == 21
+  assert len(list(tmp_path.glob("cache/*"))) == 1
+  everything = {
+    name: np.asarray(part.inputs[start : start + size])
+    for part in (splits.train, splits.test)
+    for name, start, size in zip(part.names, part.starts, part.sizes, strict=True)
+  }
+  assert np.all(everything["b"][-1] == 255)  # what is transparent is white
+  assert np.all(everything["a"][-1] == 128)
+  assert np.all(everything["c"] == (200, 100, 50))
+
+
+def test_images_are_cropped_around_their_centre_and_turned_upright(tmp_path):
+  wide = np.zeros((20, 60), np.uint8)
+  wide[:, 20:40] = 255
+  tag = Image.Exif()
+  tag[0x0112] = 6  # the camera was turned by a quarter
+  (tmp_path / "a").mkdir()
+  Image.fromarray(wide).save(tmp_path / "a" / "plain.png")
+  turned = np.zeros((40, 40), np.uint8)
+  turned[:20] = 255
+  Image.fromarray(turned).save(tmp_path / "a" / "turned.png", exif=tag)
+  write_image(tmp_path / "b" / "x.png", 7, (4, 4), mode="L")
+  splits = metajax.data.from_folder(
+    tmp_path, size=20, mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
+  )
+  (part,) = (part for part in (splits.train, splits.test) if part.names == ("a",))
+  plain, upright = np.asarray(part.inputs)[..., 0]
+  assert np.all(plain == 255)
+  assert np.all(upright[:, 12:] == 255) and np.all(upright[:, :8] == 0)
+
+
+def test_folders_that_are_divided_already(tmp_path):
+  for name in ("train/a", "train/b", "test/c", "val/d"):
+    write_image(tmp_path / "data" / name / "x.png", 7, (4, 4), mode="L")
+  load = lambda: metajax.data.from_folder(
+    tmp_path / "data", size=4, mode="L", cache_dir=tmp_path / "cache"
+  )
+  splits = load()
+  assert [part.names for part in splits] == [("a", "b"), ("d",), ("c",)]
+  write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
+  with pytest.raises(DataError, match="class a is in train and in test"):
+    load()
 
 
 @pytest.mark.parametrize("opener", ["tarfile.open", "zipfile.ZipFile"])

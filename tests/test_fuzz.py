@@ -14,7 +14,7 @@ import metajax
 from experiments import build, cli
 from experiments.recipes import Recipe
 from experiments.settings import as_text
-from metajax.data import DataError, files, mini_imagenet, omniglot
+from metajax.data import DataError, class_folders, files, mini_imagenet, omniglot
 
 RNG = np.random.default_rng(0)
 SIZES = {"L": (105, 105), "RGB": (84, 84)}
@@ -140,8 +140,13 @@ def test_any_omniglot_archive_has_all_its_drawings_or_none(tmp_path, monkeypatch
 
 def test_any_cache_is_loaded_or_refused(tmp_path):
   file, path = io.BytesIO(), tmp_path / "cache.npz"
-  images, labels = np.zeros((2, 84, 84, 3), np.uint8), np.arange(2)
-  np.savez(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+  images, labels = np.zeros((2, 84, 84, 3), np.uint8), np.array(["a", "b"])
+  parts = {
+    f"{part}_{what}": array
+    for part in ("train", "test")
+    for what, array in (("images", images), ("labels", labels), ("unreadable", labels[:0]))
+  }
+  np.savez(file, **parts)
   # Mutations at the edges, where names and shapes are: the middle is pixels, and has a checksum.
   sound = file.getvalue()
 
@@ -152,11 +157,11 @@ def test_any_cache_is_loaded_or_refused(tmp_path):
     head, tail = sound[:cut], sound[cut:]
     path.write_bytes(head + mutated(tail, changes) if at_the_end else mutated(head, changes) + tail)
     try:
-      splits = mini_imagenet._load(path)
+      found = class_folders.load_cache(path, mini_imagenet.FORMAT)
     except DataError as error:
       one_line(error)
     else:
-      assert splits.train.inputs.shape == splits.test.inputs.shape == images.shape
+      assert found["train"].pixels.shape == found["test"].pixels.shape == images.shape
 
   check()
 

@@ -1,7 +1,8 @@
 """Data sets, and task samplers: functions `key -> Task` that run on the device."""
 
 from metajax.data import few_shot, glyphs, mini_imagenet, omniglot, sine
-from metajax.data.few_shot import Classes, Splits
+from metajax.data.class_folders import from_folder
+from metajax.data.few_shot import Classes, Splits, from_arrays, split
 from metajax.data.files import DataError, cache_directory
 
 __all__ = [
@@ -10,8 +11,11 @@ __all__ = [
   "Splits",
   "cache_directory",
   "few_shot",
+  "from_arrays",
+  "from_folder",
   "glyphs",
   "mini_imagenet",
   "omniglot",
   "sine",
+  "split",
 ]

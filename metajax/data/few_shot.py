@@ -1,27 +1,36 @@
-"""Samples N-way K-shot tasks from classes of examples, on the device (Section 6.1)."""
+"""Classes of examples, and N-way K-shot tasks drawn from them on the device (Section 6.1)."""
 
-from typing import NamedTuple
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from metajax.types import Examples, PRNGKey, SampleTask, Task
+from metajax.types import Examples, PRNGKey, SampleTask, Task, num_examples
+
+
+@jax.tree_util.register_static
+class Names(tuple[Any, ...]):
+  """The names of classes, a tuple. JAX passes it through `jit` and `vmap` as it is."""
 
 
 class Classes(NamedTuple):
   """Examples sorted by class. Classes may differ in size.
 
   Attributes:
-    inputs: `[m, ...]`, all examples, grouped by class, in their storage dtype.
+    inputs: a tree of arrays `[m, ...]`, all examples, grouped by class, in their storage dtype.
     starts: int32 `[c]`, the row of the first example of each class.
     sizes: int32 `[c]`, the number of examples of each class.
+    names: the label of each class, as the user wrote it.
   """
 
-  inputs: jax.Array
+  inputs: Any
   starts: jax.Array
   sizes: jax.Array
+  names: Names = Names()
 
 
 class Splits(NamedTuple):
@@ -38,33 +47,110 @@ class Splits(NamedTuple):
   test: Classes
 
 
-def from_arrays(inputs: ArrayLike, labels: ArrayLike) -> Classes:
+def from_arrays(
+  inputs: Any, labels: ArrayLike | Sequence[str], *, min_examples: int = 1
+) -> Classes:
   """Makes classes from a user's own arrays in memory.
 
   Args:
-    inputs: `[m, ...]`.
-    labels: integers `[m]`, any values; each distinct value is a class, in increasing order.
+    inputs: an array or a list `[m, ...]`, or a tree of such arrays, which is made of dicts and
+      tuples, as `{"tokens": ..., "mask": ...}`.
+    labels: integers or strings `[m]`. Each distinct value is a class, in increasing order, and is
+      kept as the name of the class.
+    min_examples: classes with fewer examples are left out, with a warning that names them.
 
   Raises:
-    ValueError: if the lengths differ, there is no example, the labels are not integers, or the
-      inputs are not all finite numbers that fit JAX's dtypes (float32, int32).
+    ValueError: if the lengths differ, no class is left, the labels are neither integers nor
+      strings, or the inputs are not all finite numbers that fit JAX's dtypes (float32, int32).
   """
-  inputs, labels = np.asarray(inputs), np.asarray(labels)
-  if labels.ndim != 1 or inputs.shape[:1] != labels.shape or not len(labels):
+  inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
+  labels = np.asarray(labels)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
+  if labels.ndim != 1 or any(shape[:1] != labels.shape for shape in shapes) or not labels.size:
     raise ValueError(
-      f"inputs {inputs.shape} and labels {labels.shape} must be [m, ...] and [m], with m >= 1"
+      f"inputs {', '.join(map(str, shapes))} and labels {labels.shape} must be [m, ...] and [m], "
+      "with m >= 1: give one label for each example"
     )
-  if not np.issubdtype(labels.dtype, np.integer):
+  if labels.dtype == object and all(isinstance(label, str) for label in labels):
+    labels = labels.astype(str)  # as pandas keeps strings
+  if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.str_)):
     raise ValueError(
-      f"labels must be integers, not {labels.dtype}: number the classes, for example by "
-      "np.unique(labels, return_inverse=True)[1]"
+      f"labels must be integers or strings, not {labels.dtype}: give the class of each example"
     )
-  inputs = _stored(inputs)
+  inputs = jax.tree.map(_stored, inputs)
   order = np.argsort(labels, kind="stable")
-  _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-  return Classes(
-    jnp.asarray(inputs[order]), jnp.asarray(starts, jnp.int32), jnp.asarray(sizes, jnp.int32)
+  names, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+  classes = _rows(inputs, order, starts, sizes, names.tolist())
+  small = sizes < min_examples
+  if small.all():
+    raise ValueError(f"no class has {min_examples} examples: give more, or lower min_examples")
+  if small.any():
+    pairs = zip(names[small].tolist(), sizes[small].tolist(), strict=True)
+    dropped = ", ".join(f"{name!r} has {size}" for name, size in pairs)
+    warnings.warn(
+      f"classes with fewer than {min_examples} examples are left out: {dropped}", stacklevel=2
+    )
+    classes = select(classes, np.flatnonzero(~small))
+  return jax.tree.map(jnp.asarray, classes)
+
+
+def select(classes: Classes, numbers: ArrayLike) -> Classes:
+  """The classes with these numbers, in this order, with copies of their examples.
+
+  Args:
+    classes: to choose from.
+    numbers: integers, counted from 0 in the order of `classes.names`.
+  """
+  numbers = np.asarray(numbers, np.intp)
+  starts, sizes = np.asarray(classes.starts)[numbers], np.asarray(classes.sizes)[numbers]
+  rows = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+  return _rows(
+    classes.inputs,
+    np.concatenate([*rows, np.zeros(0, np.intp)]),
+    np.cumsum(sizes) - sizes,
+    sizes,
+    [classes.names[number] for number in numbers] if classes.names else (),
   )
+
+
+def _rows(inputs: Any, rows: np.ndarray, starts: Any, sizes: Any, names: Sequence[Any]) -> Classes:
+  return Classes(
+    jax.tree.map(lambda leaf: np.asarray(leaf)[rows], inputs),
+    np.asarray(starts, np.int32),
+    np.asarray(sizes, np.int32),
+    Names(names),
+  )
+
+
+def split(
+  classes: Classes, *, validation: int | float = 0.16, test: int | float = 0.2, seed: int = 0
+) -> Splits:
+  """Divides classes at random into those for training, for validation and for testing.
+
+  Args:
+    classes: all classes.
+    validation: the number of validation classes, or, if it is below 1, their fraction of all; 0
+      for none. By default fractions are those of mini-ImageNet: 64, 16 and 20 of 100.
+    test: the number or the fraction of test classes.
+    seed: determines the division.
+
+  Raises:
+    ValueError: if a number is negative, or no class is left for training or for testing.
+  """
+  total = len(classes.starts)
+  of_validation, of_test = (
+    round(part * total) if 0 < part < 1 else int(part) for part in (validation, test)
+  )
+  of_train = total - of_validation - of_test
+  if min(validation, test) < 0 or of_test < 1 or of_train < 1:
+    raise ValueError(
+      f"{total} classes cannot be divided into {of_validation} for validation, {of_test} for "
+      "testing and the others for training: change validation or test"
+    )
+  order = np.random.default_rng(seed).permutation(total)
+  parts = np.split(order, [of_train, of_train + of_validation])
+  chosen = [jax.tree.map(jnp.asarray, select(classes, np.sort(part))) for part in parts]
+  return Splits(chosen[0], chosen[1] if of_validation else None, chosen[2])
 
 
 def _stored(inputs: np.ndarray) -> np.ndarray:
@@ -96,7 +182,8 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
 
   Returns:
     `key -> Task` with `[ways * train_shots, ...]` train and `[ways * test_shots, ...]` test
-    examples, sorted by class; targets are int32. It consumes the key.
+    examples, sorted by class; targets are int32. `Task.classes` has the number of the class of
+    each label, by which its name is found in `classes.names`. It consumes the key.
 
   Raises:
     ValueError: if there are fewer classes than ways, a class has too few examples or rows outside
@@ -113,13 +200,15 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
       f"{ways} ways need {ways} classes, and there are {num_classes}: lower the ways"
     )
   starts, sizes = np.asarray(classes.starts), np.asarray(classes.sizes)
-  if starts.shape != sizes.shape or starts.min() < 0 or max(starts + sizes) > len(classes.inputs):
+  end = num_examples(classes.inputs)
+  if starts.shape != sizes.shape or starts.min() < 0 or max(starts + sizes) > end:
     raise ValueError("classes have rows that the inputs lack: make them with from_arrays")
   smallest, largest = int(np.argmin(sizes)), int(np.max(sizes))
   if sizes[smallest] < shots:
+    name = repr(classes.names[smallest]) if classes.names else f"number {smallest}"
     raise ValueError(
-      f"a task needs {shots} examples of each class, and class number {smallest}, counted from 0 "
-      f"in the order of the labels, has {sizes[smallest]}: lower the shots"
+      f"a task needs {shots} examples of each class, and class {name} has {sizes[smallest]}: lower "
+      "the shots, or leave out small classes with from_arrays(..., min_examples=...)"
     )
 
   classes = jax.tree.map(jnp.asarray, classes)  # they may be NumPy arrays
@@ -135,8 +224,10 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
     labels = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32)[:, None], rows.shape)
 
     def examples(columns: slice) -> Examples:
-      return Examples(classes.inputs[rows[:, columns].reshape(-1)], labels[:, columns].reshape(-1))
+      chosen = rows[:, columns].reshape(-1)
+      inputs = jax.tree.map(lambda leaf: leaf[chosen], classes.inputs)
+      return Examples(inputs, labels[:, columns].reshape(-1))
 
-    return Task(examples(slice(train_shots)), examples(slice(train_shots, None)))
+    return Task(examples(slice(train_shots)), examples(slice(train_shots, None)), chosen)
 
   return sample

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 # The largest size of a file: far above any few-shot image, far below a decompression bomb.
 _MAX_FILE_BYTES = 16 * 2**20
@@ -23,6 +23,7 @@ _MAX_FILE_BYTES = 16 * 2**20
 # unpack to less than twice their size.
 _MAX_RATIO = 100
 _MAX_NAME = 255  # characters, the limit of file systems
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 _DAMAGE = (
   EOFError,
   OSError,
@@ -175,29 +176,48 @@ def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PureP
       yield inside, path.read_bytes()
 
 
-def decode_image(content: bytes, name: object, *, size: tuple[int, int], mode: str) -> np.ndarray:
+def decode_image(
+  content: bytes, name: object, *, size: tuple[int, int], mode: str, fit: bool = False
+) -> np.ndarray:
   """Decodes an image to uint8 `[height, width]` (mode `L`) or `[height, width, 3]` (mode `RGB`).
 
   Args:
     content: the bytes of the file.
     name: the file's name in error messages.
     size: the required `(width, height)` in pixels.
-    mode: the Pillow mode, `L` or `RGB`.
+    mode: the Pillow mode, `L` or `RGB`. What is transparent becomes white.
+    fit: whether an image of another size is turned upright as its metadata say, cropped around its
+      centre to the aspect ratio, and resized. Otherwise it is refused.
 
   Raises:
-    DataError: if the file is not an image, is damaged, or has another size.
+    DataError: if the file is not an image, is damaged, has another size, or has more than 8 bits
+      a channel.
   """
   try:
     with warnings.catch_warnings():
       # Pillow warns of decompression bombs, which the size check refuses, and of odd metadata.
       warnings.simplefilter("ignore")
-      with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-        if image.size != size:
+      with Image.open(io.BytesIO(content), formats=_FORMATS[: None if fit else 2]) as image:
+        if image.size != size and not fit:
           raise DataError(
             f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
           )
-        return np.asarray(image.convert(mode))
+        return np.asarray(_fitted(image, name, size, mode) if fit else image.convert(mode))
   except DataError:
     raise
   except Exception as error:  # decoders raise many types of error on damaged files
     raise DataError(f"{name} is not a readable image: replace it") from error
+
+
+def fit_image(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
+  """Crops an image around its centre to the aspect ratio of `(width, height)`, and resizes it."""
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return ImageOps.fit(image.convert(mode), size, Image.Resampling.BICUBIC)
+
+
+def _fitted(image: Image.Image, name: object, size: tuple[int, int], mode: str) -> Image.Image:
+  if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+    raise DataError(f"{name} has more than 8 bits a channel: convert it to 8 bits")
+  return fit_image(ImageOps.exif_transpose(image), size, mode)

@@ -1,0 +1,319 @@
+"""Images in class folders, `CLASS/IMAGE.png`, decoded once and kept in the cache."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from metajax.data import few_shot
+from metajax.data.few_shot import Splits
+from metajax.data.files import (
+  DataError,
+  cache_directory,
+  decode_image,
+  existing_directory,
+  fingerprint,
+  read_archive,
+  read_folder,
+  unwritable,
+)
+
+SPLITS = ("train", "val", "test")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_CHANNELS = {"L": 1, "RGB": 3}
+Mode = Literal["L", "RGB"]
+
+
+class Format(NamedTuple):
+  """What the images of a data set become.
+
+  Attributes:
+    height: in pixels.
+    width: in pixels.
+    mode: `"L"` (gray, one channel) or `"RGB"`.
+    fit: whether images of another size are resized; otherwise they are refused.
+    layout: what the folder of the data should hold, for error messages.
+  """
+
+  height: int
+  width: int
+  mode: Mode
+  fit: bool
+  layout: str
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    return (self.height, self.width, _CHANNELS[self.mode])
+
+
+def from_folder(
+  path: str | os.PathLike,
+  *,
+  size: int | tuple[int, int],
+  mode: Mode = "RGB",
+  validation: int | float = 0.16,
+  test: int | float = 0.2,
+  seed: int = 0,
+  min_examples: int = 1,
+  unreadable: Literal["refuse", "skip"] = "refuse",
+  cache_dir: str | os.PathLike | None = None,
+) -> Splits:
+  """Reads images that lie in a folder for each class.
+
+  The folder holds either the class folders (`CLASS/IMAGE.png`) or the folders `train`, `test` and
+  perhaps `val`, which hold class folders. In the first case, classes are divided at random into
+  training, validation and test classes. Images are PNG, JPEG, BMP, GIF, WebP or TIFF; hidden files
+  and files of other types are passed over. They are decoded once and kept in the cache.
+
+  Args:
+    path: the folder.
+    size: height and width in pixels, or one number for both. An image of another size is cropped
+      around its centre to this aspect ratio and then resized.
+    mode: `"RGB"`, or `"L"` for gray.
+    validation: the number of validation classes, or, if it is below 1, their fraction of all.
+    test: the number or the fraction of test classes.
+    seed: determines which classes are for what.
+    min_examples: classes with fewer images are left out, with a warning that names them.
+    unreadable: whether files that are no readable image are an error, which lists all of them, or
+      are skipped with a warning.
+    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+
+  Returns:
+    Splits with inputs uint8 `[m, height, width, channels]`; class names are those of the folders.
+
+  Raises:
+    DataError: if there are no images, or a file cannot be read.
+    ValueError: if the classes cannot be divided in this way.
+  """
+  form = format_of(size, mode)
+  if unreadable not in ("refuse", "skip"):
+    raise ValueError(f"unreadable must be 'refuse' or 'skip', not {unreadable!r}")
+  folder = existing_directory(path)
+  divided = all((folder / part).is_dir() for part in ("train", "test"))
+  parts = SPLITS if divided else ("all",)
+  sources = {part: [folder / part if divided else folder] for part in parts}
+  sources = {part: paths for part, paths in sources.items() if paths[0].is_dir()}
+  prepared = decoded(folder, sources, "folder", form, cache_dir, skip=unreadable == "skip")
+  bad = [line for part in prepared.values() for line in part.unreadable]
+  if bad:
+    warnings.warn(f"images are skipped: {_listed(bad)}", stacklevel=2)
+  classes = {
+    part: few_shot.from_arrays(images.pixels, images.labels, min_examples=min_examples)
+    for part, images in prepared.items()
+  }
+  if divided:
+    return Splits(classes["train"], classes.get("val"), classes["test"])
+  return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
+
+
+def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
+  """The format of images of any size that are made to fit.
+
+  Raises:
+    ValueError: if the size is not positive, or the mode is not `"L"` or `"RGB"`.
+  """
+  height, width = (size, size) if isinstance(size, int) else size
+  if min(height, width) < 1 or mode not in _CHANNELS:
+    raise ValueError(f"size must be at least 1 and mode 'L' or 'RGB', not {size} and {mode!r}")
+  return Format(height, width, mode, True, "a folder of images for each class, CLASS/IMAGE.png")
+
+
+class Images(NamedTuple):
+  """The images of one part of a data set.
+
+  Attributes:
+    pixels: uint8 `[m, height, width, channels]`.
+    labels: strings `[m]`, the class of each image.
+    unreadable: what is wrong with each file that is left out.
+  """
+
+  pixels: np.ndarray
+  labels: np.ndarray
+  unreadable: list[str]
+
+
+def decoded(
+  folder: Path,
+  sources: dict[str, list[Path]],
+  name: str,
+  form: Format,
+  cache_dir: str | os.PathLike | None,
+  *,
+  skip: bool,
+) -> dict[str, Images]:
+  """Decodes all images, or reads them from the cache.
+
+  Args:
+    folder: all sources lie in it.
+    sources: the folders and archives of each part.
+    name: begins the name of the cache file.
+    form: of the images.
+    cache_dir: where the cache is.
+    skip: whether to leave out what is no readable image.
+
+  Raises:
+    DataError: if there is no image in a part, a file lies in the wrong place, or, unless they are
+      skipped, files are no readable images; all of them are listed.
+  """
+  files = [path for paths in sources.values() for path in _files(paths)]
+  kind = "x".join(map(str, form.shape))
+  skipped = "-skipped" if skip else ""
+  home = cache_directory(cache_dir)
+  cache = home / f"{name}-{kind}{skipped}-{fingerprint(folder, files)}.npz"
+  if cache.is_file():
+    return load_cache(cache, form)
+  parts = {part: _decode(paths, part, form) for part, paths in sources.items() if paths}
+  bad = [line for images in parts.values() for line in images.unreadable]
+  if bad and not skip:
+    advice = ", or skip such files with unreadable='skip'" if form.fit else ""
+    raise DataError(_listed(bad) + advice)
+  part_of: dict[str, str] = {}
+  for part, images in parts.items():
+    for label in np.unique(images.labels).tolist():
+      if part_of.setdefault(label, part) != part:
+        raise DataError(
+          f"class {label} is in {part_of[label]} and in {part}: classes of different splits must "
+          "be disjoint, so remove it from one"
+        )
+  _save(cache, parts)
+  return parts
+
+
+def read_images(
+  source: Path, form: Format, part: str = ""
+) -> tuple[dict[PurePosixPath, np.ndarray], list[str]]:
+  """Decodes every image below a folder or in an archive.
+
+  Args:
+    source: the folder or the archive.
+    form: of the images.
+    part: if names in an archive begin with this folder, it is taken off.
+
+  Returns:
+    The images by name, sorted, and what is wrong with each file that cannot be read.
+  """
+  images: dict[PurePosixPath, np.ndarray] = {}
+  bad: list[str] = []
+  for name, content in _read(source, part):
+    if name in images:
+      raise DataError(f"{source} holds {name} a second time: keep one of the two")
+    try:
+      images[name] = decode_image(
+        content, f"{name} in {source}", size=(form.width, form.height), mode=form.mode, fit=form.fit
+      )
+    except DataError as error:
+      bad.append(str(error))
+  return {name: images[name].reshape(form.shape) for name in sorted(images)}, bad
+
+
+def _files(sources: list[Path]) -> Iterator[Path]:
+  for source in sources:
+    yield from (source.rglob("*") if source.is_dir() else [source])
+
+
+def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+  """Yields the name CLASS/IMAGE and the content of each image of an archive or folder."""
+  if source.is_dir():
+    yield from read_folder(source, SUFFIXES)
+    return
+  for name, content in read_archive(source, SUFFIXES):
+    parts = name.parts[1:] if name.parts[0] == part else name.parts
+    yield PurePosixPath(*parts), content
+
+
+def _empty_classes(folder: Path) -> list[Path]:
+  """Class folders without an image. In an archive, these cannot be detected."""
+  classes = (path for path in sorted(folder.iterdir()) if path.is_dir())
+  visible = (path for path in classes if not path.name.startswith("."))
+  return [path for path in visible if not any(read_folder(path, SUFFIXES))]
+
+
+def _decode(paths: list[Path], part: str, form: Format) -> Images:
+  """Decodes the images of one part, which come from one or several folders and archives."""
+  images: dict[PurePosixPath, np.ndarray] = {}
+  bad: list[str] = []
+  for source in paths:
+    empty = _empty_classes(source) if source.is_dir() else []
+    if empty:
+      raise DataError(
+        f"{empty[0]} has no image: add the images of that class, or remove the folder"
+      )
+    found, unreadable = read_images(source, form, part)
+    for name in found:
+      if len(name.parts) != 2:
+        raise DataError(
+          f"{source} holds {name}, which is not CLASS/IMAGE: it should hold {form.layout}"
+        )
+      if name in images:
+        raise DataError(f"{source} holds {name} a second time: keep one of the two")
+    images |= found
+    bad += unreadable
+  if not images and not bad:
+    raise DataError(
+      f"{', '.join(map(str, paths))}: there is no image inside: it should hold {form.layout}"
+    )
+  names = sorted(images)
+  pixels = np.empty((len(names), *form.shape), np.uint8)
+  for row, name in enumerate(names):
+    pixels[row] = images.pop(name)
+  return Images(pixels, np.array([name.parts[0] for name in names], str), bad)
+
+
+def _listed(lines: list[str]) -> str:
+  shown = "; ".join(lines[:10])
+  return f"{shown}; and {len(lines) - 10} more" if len(lines) > 10 else shown
+
+
+def _save(cache: Path, parts: dict[str, Images]) -> None:
+  """Writes a temporary file, and renames it to `cache` when it is complete."""
+  arrays: dict[str, Any] = {}
+  for part, images in parts.items():
+    arrays[f"{part}_images"] = images.pixels
+    arrays[f"{part}_labels"] = images.labels
+    arrays[f"{part}_unreadable"] = np.array(images.unreadable, str)
+  beside = cache.with_name(f"{cache.stem}-{os.getpid()}.partial.npz")
+  try:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      np.savez(beside, **arrays)
+      beside.replace(cache)
+    finally:
+      beside.unlink(missing_ok=True)
+  except OSError as error:
+    raise unwritable(cache.parent, error) from error
+
+
+def load_cache(cache: Path, form: Format) -> dict[str, Images]:
+  """Reads what `decoded` wrote.
+
+  Raises:
+    DataError: if the file is damaged.
+  """
+  try:
+    # The file is a zip archive, so reading verifies checksums. It is opened here, since np.load
+    # leaves a damaged file open if it opened the file itself.
+    with cache.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+      parts = [name.removesuffix("_images") for name in file if name.endswith("_images")]
+      return {part: _checked(file, part, form) for part in _in_order(parts)}
+  except Exception as error:  # whatever the cause, the remedy is the same
+    raise DataError(f"the cache {cache} is damaged: delete it, and it is made again") from error
+
+
+def _in_order(parts: list[str]) -> list[str]:
+  if set(parts) not in ({"all"}, {"train", "test"}, set(SPLITS)):
+    raise ValueError(f"the parts are {parts}")
+  return sorted(parts, key=("all", *SPLITS).index)
+
+
+def _checked(file: Any, part: str, form: Format) -> Images:
+  pixels, labels, unreadable = (
+    file[f"{part}_{what}"] for what in ("images", "labels", "unreadable")
+  )
+  if pixels.shape[1:] != form.shape or pixels.dtype != np.uint8 or labels.shape != pixels.shape[:1]:
+    raise ValueError(f"{part} is {pixels.dtype} {pixels.shape}")
+  if labels.dtype.kind != "U" or unreadable.dtype.kind != "U":
+    raise ValueError(f"its labels are {labels.dtype}")
+  return Images(pixels, labels, unreadable.tolist())
