@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -144,8 +145,130 @@ def test_nnx_modules():
   trains(model, inputs)
 
 
+def test_an_nnx_module_is_made_once(monkeypatch):
+  made = []
+
+  def make(rngs):
+    made.append(rngs)
+    return nnx.Linear(4, 2, rngs=rngs)
+
+  model = models.from_nnx(make)
+  params = model.init(KEY)
+  for _ in range(3):
+    model.apply(params, jnp.ones((5, 4)))
+  assert len(made) == 2  # for init, and once for all calls of apply
+  other = model.init(jax.random.key(1))  # numbers of one call do not stay for the next
+  outputs = [model.apply(one, jnp.ones((5, 4))) for one in (params, other, params)]
+  assert np.array_equal(outputs[0], outputs[2]) and not np.array_equal(outputs[0], outputs[1])
+
+
+def test_twins_of_batch_statistics_norm():
+  inputs = 3.0 + 2.0 * jax.random.normal(KEY, (6, 4, 5, 2))
+  scale, bias = jnp.array([0.5, 2.0]), jnp.array([1.0, -1.0])
+  expected = models.BatchStatsNorm().apply({"params": {"scale": scale, "bias": bias}}, inputs)
+
+  from metajax.models.nnx import BatchStatsNorm
+
+  twin = models.from_nnx(lambda rngs: BatchStatsNorm(2, rngs=rngs))
+  assert jax.tree.map(jnp.shape, twin.init(KEY)) == {"scale": (2,), "bias": (2,)}
+  found = twin.apply({"scale": scale, "bias": bias}, inputs)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  unscaled = models.from_nnx(lambda rngs: BatchStatsNorm(2, use_scale=False))
+  found = unscaled.apply({"bias": bias}, inputs)
+  np.testing.assert_allclose(found, (expected - bias) / scale + bias, rtol=1e-4, atol=1e-5)
+
+  eqx = pytest.importorskip("equinox")
+  from metajax.models import equinox
+
+  twin = models.from_equinox(lambda key: equinox.BatchStatsNorm(2))
+  params = eqx.tree_at(lambda p: (p.scale, p.bias), twin.init(KEY), (scale, bias))
+  found = twin.apply(params, jnp.moveaxis(inputs, -1, 1))
+  np.testing.assert_allclose(jnp.moveaxis(found, 1, -1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_haiku_style_pair():
+  """`hk.without_apply_rng(hk.transform(f))` has these two functions."""
+
+  def init(key, inputs):
+    return {"linear": {"w": jax.random.normal(key, (inputs.shape[-1], 2))}}
+
+  def apply(params, inputs):
+    return inputs @ params["linear"]["w"]
+
+  inputs = jax.random.normal(KEY, (5, 4))
+  trains(models.Model(lambda key: init(key, inputs), apply), inputs)
+
+
+def residual(params, images):
+  """ResNet-12 with one block, by NumPy: loops over positions, and statistics of the batch."""
+
+  def norm(x, p):
+    centred = x - x.mean(axis=(0, 1, 2))
+    return centred / np.sqrt(x.var(axis=(0, 1, 2)) + 1e-3) * p["scale"] + p["bias"]
+
+  def conv(x, kernel):
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    return sum(
+      padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
+    )
+
+  leaky = lambda x: np.where(x > 0, x, 0.1 * x)
+  norms = [params[f"BatchStatsNorm_{i}"] for i in range(4)]
+  x = leaky(norm(conv(images, params["Conv_0"]["kernel"]), norms[1]))
+  x = leaky(norm(conv(x, params["Conv_1"]["kernel"]), norms[2]))
+  x = norm(conv(x, params["Conv_2"]["kernel"]), norms[3])
+  x = leaky(x + norm(images @ params["Dense_0"]["kernel"], norms[0]))
+  n, height, width, channels = x.shape
+  x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+  return x.mean(axis=(1, 2)) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+
+
+def test_resnet12(x64):
+  rng = np.random.default_rng(0)
+  model = models.resnet12((6, 4), 2, channels=2, filters=(3,))
+  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), jax.eval_shape(model.init, KEY))
+  images = rng.normal(size=(3, 6, 4, 2))
+  np.testing.assert_allclose(model.apply(params, images), residual(params, images), rtol=1e-9)
+  size = sum(
+    leaf.size for leaf in jax.tree.leaves(jax.eval_shape(models.resnet12(84, 5).init, KEY))
+  )
+  biases_of_convolutions = 3 * (64 + 160 + 320 + 640)  # never added, see Conv
+  assert size - biases_of_convolutions == 12_427_525
+
+
+def test_conv4_has_the_paper_s_networks_as_instances():
+  for general, particular in (
+    (models.conv4(28, 5, downsample="stride"), models.omniglot(5)),
+    (models.conv4((84, 84), 5, channels=3, filters=32), models.mini_imagenet(5)),
+  ):
+    shapes = [jax.eval_shape(model.init, KEY) for model in (general, particular)]
+    assert shapes[0] == shapes[1]
+  model = models.conv4((8, 5), 3, channels=2, filters=4)
+  assert model.apply(model.init(KEY), jnp.ones((2, 8, 5, 2))).shape == (2, 3)
+
+
+def test_networks_are_made_again_from_their_spec():
+  for model in (
+    models.omniglot(5, filters=3, method="xla"),
+    models.conv4((9, 8), 4, filters=2, head="mean"),
+    models.finn_mini_imagenet(5, filters=2),
+    models.mlp(3, 2, hidden=(4, 5), activation="silu"),
+    models.resnet12(8, 3, filters=(2, 2)),
+    models.sine(),
+  ):
+    spec = json.loads(json.dumps(model.spec))
+    again = models.from_spec(spec)
+    assert json.loads(json.dumps(again.spec)) == spec and "method" not in spec
+    assert jax.eval_shape(again.init, KEY) == jax.eval_shape(model.init, KEY)
+  with pytest.raises(ValueError, match="network 'os' must be one of conv4, omniglot"):
+    models.from_spec({"name": "os"})
+  with pytest.raises(ValueError, match=r"network omniglot cannot be made with {'depth': 3}"):
+    models.from_spec({"name": "omniglot", "depth": 3})
+
+
 def test_nnx_modules_with_state_are_refused():
-  with pytest.raises(ValueError, match="this NNX module keeps mean, var too"):
+  with pytest.raises(ValueError, match="keeps mean, var too: use metajax"):
     models.from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs)).init(KEY)
 
 

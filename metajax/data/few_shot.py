@@ -28,8 +28,8 @@ class Classes(NamedTuple):
   """
 
   inputs: Any
-  starts: jax.Array
-  sizes: jax.Array
+  starts: jax.Array | np.ndarray
+  sizes: jax.Array | np.ndarray
   names: Names = Names()
 
 

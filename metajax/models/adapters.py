@@ -1,6 +1,7 @@
 """The type `Model`, and adapters that make a model from a Flax or Equinox module."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,18 @@ _MISFITS = (
 
 
 class Model(NamedTuple):
-  """A network as two pure functions. Any such pair of functions is a model."""
+  """A network as two pure functions. Any such pair of functions is a model.
+
+  Attributes:
+    init: `key -> params`.
+    apply: `(params, inputs [n, ...]) -> outputs [n, ...]`.
+    spec: for the networks of `metajax.models`, the function that makes the model and its arguments,
+      as `{"name": "omniglot", "ways": 5, ...}`, with which it is made again from a file; else None.
+  """
 
   init: Callable[[PRNGKey], Params]
-  apply: Apply  # (params, inputs [n, ...]) -> outputs [n, ...]
+  apply: Apply
+  spec: dict[str, Any] | None = None
 
 
 def from_linen(module: nn.Module, example_inputs: Any) -> Model:
@@ -82,32 +91,41 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
       "lambda rngs: MyModule(rngs=rngs)"
     )
 
-  def split(key: PRNGKey) -> tuple[Any, Any]:
-    graph, *states = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+  def split(module: Any) -> tuple[Any, Any, Any]:
+    graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
     params, keys, rest = states
     if jax.tree.leaves(keys):
       raise ValueError(f"{_NO_DROPOUT}, without rngs")
     if jax.tree.leaves(rest):
       names = ", ".join(".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
       raise ValueError(
-        f"a model has parameters only, and this NNX module keeps {names} too: for batch "
-        "normalization by the statistics of the batch, write a layer without running averages"
+        f"a model has parameters only, and this NNX module keeps {names} too: use "
+        "metajax.models.nnx.BatchStatsNorm in place of nnx.BatchNorm"
       )
-    return graph, (params, rest)
+    return graph, params, rest
+
+  @cache
+  def structure() -> tuple[Any, Any, Any]:
+    """The module without numbers; it is made once, not at every call of `apply`."""
+    made = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    return split(made)
 
   def init(key: PRNGKey) -> Params:
-    return nnx.to_pure_dict(split(key)[1][0])
+    return nnx.to_pure_dict(split(make(nnx.Rngs(key)))[1])
 
   def apply(params: Params, inputs: Any) -> Any:
-    graph, (structure, rest) = split(jax.random.key(0))
-    nnx.replace_by_pure_dict(structure, params)
-    return nnx.merge(graph, structure, rest)(inputs)
+    graph, like, rest = structure()
+    like = jax.tree.map(lambda leaf: leaf, like)
+    nnx.replace_by_pure_dict(like, params)
+    return nnx.merge(graph, like, rest)(inputs)
 
   return Model(init, apply)
 
 
 def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   """Makes a model from an Equinox module that takes one example; the model vmaps it.
+
+  The vmapped axis is named `"batch"`, for layers such as `metajax.models.equinox.BatchStatsNorm`.
 
   Args:
     make: `key -> eqx.Module`.
@@ -126,14 +144,18 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   def init(key: PRNGKey) -> Params:
     params, rest = eqx.partition(make(key), eqx.is_inexact_array)
     if any(map(eqx.is_array, jax.tree.leaves(rest))):
-      raise ValueError("a model has parameters only: this Equinox module has integer arrays too")
+      raise ValueError(
+        "a model has parameters only, and this Equinox module has integer arrays too: make them "
+        "Python numbers or NumPy constants in __call__, and for batch normalization use "
+        "metajax.models.equinox.BatchStatsNorm"
+      )
     return params
 
   def apply(params: Params, inputs: Any) -> Any:
     shapes = eqx.filter_eval_shape(make, jax.random.key(0))
     static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
     try:
-      return jax.vmap(eqx.combine(params, static))(inputs)
+      return jax.vmap(eqx.combine(params, static), axis_name="batch")(inputs)
     except RuntimeError as error:
       if "requires a key" in str(error):
         raise ValueError(_NO_DROPOUT) from error

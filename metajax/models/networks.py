@@ -1,12 +1,13 @@
-"""The paper's networks and those of Finn et al. (2017).
+"""The paper's networks, those of Finn et al. (2017), and others of any size.
 
 Batch normalization always uses the statistics of the current batch, in training and in testing. A
 model therefore has no state besides its parameters, and can be vmapped.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from metajax.models.fast.blocks import Padding, max_pool, normalize, normalize_p
 
 Downsample = Literal["stride", "pool"]
 Head = Literal["flatten", "mean"]
+P = ParamSpec("P")
 
 
 class Conv(nn.Module):
@@ -109,9 +111,7 @@ class ConvNet(nn.Module):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 is divided by 255."""
-    if inputs.ndim != 4:
-      raise ValueError(f"images must be [n, height, width, channels], not {inputs.shape}")
-    hidden = inputs.astype(jnp.float32) / 255 if inputs.dtype == jnp.uint8 else inputs
+    hidden = _floats(inputs)
     after = self._after_convolution()
     for layer in range(4):
       stride = 1 if self.downsample == "pool" else 2
@@ -128,6 +128,42 @@ class ConvNet(nn.Module):
     if (self.method or devices.defaults().convolution) == "cpu":
       return partial(normalize_pool_relu, padding=self.pool_padding)
     return lambda *arguments: nn.relu(max_pool(normalize(*arguments), self.pool_padding))
+
+
+class ResNet(nn.Module):
+  """Residual blocks of three 3x3 convolutions that each halve height and width, and a dense layer.
+
+  A block is pool(a(norm(conv(a(norm(conv(a(norm(conv(x)))))))) + norm(W x))), with a the leaky ReLU
+  of slope 0.1, applied last after the sum, and W a matrix at each position (a 1x1 convolution).
+
+  Attributes:
+    ways: the number of classes, which is the number of outputs.
+    filters: the number of features of each block.
+    method: the implementation of convolution; see `metajax.models.fast`.
+  """
+
+  ways: int
+  filters: Sequence[int]
+  method: Method | None = None
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 is divided by 255."""
+    hidden = _floats(inputs)
+    rectify = partial(nn.leaky_relu, negative_slope=0.1)
+    for width in self.filters:
+      shortcut = BatchStatsNorm()(nn.Dense(width, use_bias=False)(hidden))
+      for layer in range(3):
+        hidden = BatchStatsNorm()(Conv(width, 1, self.method)(hidden))
+        hidden = rectify(hidden if layer < 2 else hidden + shortcut)
+      hidden = max_pool(hidden, "SAME")
+    return nn.Dense(self.ways)(jnp.mean(hidden, axis=(1, 2)))
+
+
+def _floats(images: jax.Array) -> jax.Array:
+  if images.ndim != 4:
+    raise ValueError(f"images must be [n, height, width, channels], not {images.shape}")
+  return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
 class MLP(nn.Module):
@@ -154,6 +190,71 @@ class MLP(nn.Module):
     return inputs
 
 
+NETWORKS: dict[str, Callable[..., Model]] = {}  # by name, what `from_spec` makes
+
+
+def _network(make: Callable[P, Model]) -> Callable[P, Model]:
+  """Gives the models that a function makes their spec: its name and its arguments."""
+
+  @wraps(make)
+  def named(*args: P.args, **kwargs: P.kwargs) -> Model:
+    given = inspect.signature(make).bind(*args, **kwargs)
+    given.apply_defaults()
+    arguments = {name: value for name, value in given.arguments.items() if name != "method"}
+    return make(*args, **kwargs)._replace(spec={"name": make.__name__, **arguments})
+
+  NETWORKS[make.__name__] = named
+  return named
+
+
+def from_spec(spec: dict[str, Any]) -> Model:
+  """Makes the model that has such a `Model.spec`.
+
+  Raises:
+    ValueError: if there is no such network, or it does not take these arguments.
+  """
+  name, arguments = spec.get("name"), {k: v for k, v in spec.items() if k != "name"}
+  if name not in NETWORKS:
+    raise ValueError(f"network {name!r} must be one of {', '.join(NETWORKS)}")
+  try:
+    return NETWORKS[name](**arguments)
+  except TypeError as error:
+    raise ValueError(f"network {name} cannot be made with {arguments}: {error}") from error
+
+
+@_network
+def conv4(
+  size: int | Sequence[int],
+  ways: int,
+  *,
+  channels: int = 1,
+  filters: int = 64,
+  downsample: Downsample = "pool",
+  head: Head = "flatten",
+  method: Method | None = None,
+) -> Model:
+  """The field's small network, for images of any size: 4 x [conv 3x3; norm; ReLU; half], dense.
+
+  `omniglot` and `mini_imagenet` are the instances of the paper.
+
+  Args:
+    size: height and width of the images, or one number for both.
+    ways: the number of classes.
+    channels: 1 for gray images, 3 for RGB.
+    filters: the number of features of every convolution.
+    downsample: what halves height and width, `"pool"` (2x2 max-pooling) or `"stride"`.
+    head: the input of the dense layer: all positions (`"flatten"`) or their average (`"mean"`).
+    method: the implementation of convolution; see `metajax.models.fast`.
+
+  Returns:
+    A model of images `[n, height, width, channels]`, float or uint8 in 0..255.
+  """
+  return _images(
+    _image(size, channels), ways, filters, downsample=downsample, head=head, method=method
+  )
+
+
+@_network
 def omniglot(
   ways: int,
   *,
@@ -175,6 +276,7 @@ def omniglot(
   return _images((28, 28, 1), ways, filters, downsample=downsample, method=method)
 
 
+@_network
 def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
   """The paper's mini-ImageNet network: 4 x [conv 3x3, 32 filters; norm; max-pool 2x2; ReLU], dense.
 
@@ -189,6 +291,7 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
   return _images((84, 84, 3), ways, filters, downsample="pool", method=method)
 
 
+@_network
 def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None) -> Model:
   """The Omniglot network of Finn et al. (2017), for the paper's MAML and FOMAML results.
 
@@ -207,6 +310,7 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
   )
 
 
+@_network
 def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None) -> Model:
   """The mini-ImageNet network of Finn et al. (2017), for the paper's MAML and FOMAML results.
 
@@ -225,20 +329,84 @@ def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = 
   )
 
 
+@_network
+def resnet12(
+  size: int | Sequence[int],
+  ways: int,
+  *,
+  channels: int = 3,
+  filters: Sequence[int] = (64, 160, 320, 640),
+  method: Method | None = None,
+) -> Model:
+  """ResNet-12, the deeper network of few-shot learning (Lee et al. 2019, without DropBlock).
+
+  Args:
+    size: height and width of the images, or one number for both.
+    ways: the number of classes.
+    channels: 1 for gray images, 3 for RGB.
+    filters: the features of each of the four blocks; with these, 12.4 million parameters.
+    method: the implementation of convolution; see `metajax.models.fast`.
+
+  Returns:
+    A model of images `[n, height, width, channels]`, float or uint8 in 0..255.
+  """
+  checks.at_least_one(ways=ways, **{f"filters {i}": width for i, width in enumerate(filters)})
+  network = ResNet(ways, tuple(filters), method)
+  return from_linen(network, np.zeros((1, *_image(size, channels)), np.float32))
+
+
+@_network
+def mlp(
+  inputs: int,
+  outputs: int,
+  *,
+  hidden: Sequence[int] = (64, 64),
+  activation: Literal["relu", "tanh", "gelu", "silu"] = "relu",
+) -> Model:
+  """A fully connected network: inputs `[n, inputs]` to outputs `[n, outputs]`.
+
+  Args:
+    inputs: the number of input features.
+    outputs: the number of outputs, such as the number of classes.
+    hidden: the width of each hidden layer.
+    activation: between the layers.
+
+  Raises:
+    ValueError: if a width is below 1, or there is no such activation.
+  """
+  checks.at_least_one(inputs=inputs, outputs=outputs)
+  return _fully_connected(inputs, (*hidden, outputs), activation)
+
+
+@_network
+def sine(
+  features: Sequence[int] = (64, 64, 1),
+  activation: Literal["relu", "tanh", "gelu", "silu"] = "tanh",
+) -> Model:
+  """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`.
+
+  Raises:
+    ValueError: if there is no layer, a layer without units, or no such activation.
+  """
+  return _fully_connected(1, features, activation)
+
+
+def _fully_connected(inputs: int, features: Sequence[int], activation: str) -> Model:
+  if not features or min(features) < 1:
+    raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
+  if activation not in ("relu", "tanh", "gelu", "silu"):
+    raise ValueError(f"activation must be relu, tanh, gelu or silu, not {activation!r}")
+  network = MLP(tuple(features), getattr(nn, activation))
+  return from_linen(network, np.zeros((1, inputs), np.float32))
+
+
 def _images(size: tuple[int, int, int], ways: int, filters: int, **options: Any) -> Model:
   checks.at_least_one(ways=ways, filters=filters)
   network = ConvNet(ways, filters, **options)
   return from_linen(network, np.zeros((1, *size), np.float32))
 
 
-def sine(
-  features: Sequence[int] = (64, 64, 1), activation: Callable[[jax.Array], jax.Array] = nn.tanh
-) -> Model:
-  """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`.
-
-  Raises:
-    ValueError: if there is no layer, or a layer without units.
-  """
-  if not features or min(features) < 1:
-    raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
-  return from_linen(MLP(tuple(features), activation), np.zeros((1, 1), np.float32))
+def _image(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
+  height, width = (size, size) if isinstance(size, int) else size
+  checks.at_least_one(height=height, width=width, channels=channels)
+  return height, width, channels
