@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import metajax
+from experiments.folders import Line
 from experiments.recipes import Recipe
 from metajax.types import MakeEpisode, SampleTask
 
 SPREAD = "sharded"  # the execution that uses all devices
+NORM = metajax.models.BatchStatsNorm.__name__  # in the names of its parameters
 
 
 class Evaluation(NamedTuple):
@@ -31,6 +35,7 @@ class Experiment(NamedTuple):
   make_episode: MakeEpisode
   evaluations: dict[str, dict[str, Evaluation]]  # by split, such as "test", and "5-shot"
   mesh: jax.sharding.Mesh
+  example_inputs: Any  # of the data set, [1, ...]
 
 
 def load(recipe: Recipe) -> metajax.data.Splits:
@@ -86,7 +91,13 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
     if split in (*recipe.curve_splits, "test")
   }
   return Experiment(
-    model, learner, sample_task, tail(draw(steps, recipe.inner_batch)), evaluations, mesh
+    model,
+    learner,
+    sample_task,
+    tail(draw(steps, recipe.inner_batch)),
+    evaluations,
+    mesh,
+    np.asarray(splits.test.inputs[:1]),
   )
 
 
@@ -103,10 +114,8 @@ def _model(recipe: Recipe) -> metajax.Model:
 
 def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient:
   loss = metajax.losses.cross_entropy(model.apply, reduction=recipe.loss_reduction)
-  if recipe.inner_optimizer == "adam":
-    inner = optax.adam(recipe.inner_rate, b1=0.0, eps_root=recipe.inner_eps_root)
-  else:
-    inner = optax.sgd(recipe.inner_rate)
+  name, arguments = inner_optimizer(recipe)
+  inner = {"adam": optax.adam, "sgd": optax.sgd}[name](**arguments)
   if not recipe.adapt_norm:
     inner = optax.chain(inner, optax.masked(optax.set_to_zero(), _of_norms))
   if recipe.inner_state == "carried":
@@ -122,11 +131,45 @@ def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient
   return estimators[recipe.algorithm](loss, inner)
 
 
+def inner_optimizer(recipe: Recipe) -> tuple[str, dict[str, float]]:
+  """The name of the inner optimizer in optax, and its arguments."""
+  if recipe.inner_optimizer == "sgd":
+    return "sgd", {"learning_rate": recipe.inner_rate}
+  arguments = {"learning_rate": recipe.inner_rate, "b1": 0.0, "eps_root": recipe.inner_eps_root}
+  return "adam", arguments
+
+
+def ship(
+  recipe: Recipe, experiment: Experiment, state: metajax.MetaState, path: Path, about: Line
+) -> None:
+  """Writes the learner file of a trained state."""
+  name, arguments = inner_optimizer(recipe)
+  _, batch = recipe.shots_and_batches[-1]
+  metajax.save(
+    path,
+    experiment.learner,
+    state,
+    experiment.model,
+    example_inputs=experiment.example_inputs,
+    inner_optimizer={"name": name, **arguments},
+    steps=recipe.eval_steps,
+    batch_size=batch,
+    loss={"name": "cross_entropy", "reduction": recipe.loss_reduction},
+    frozen=() if recipe.adapt_norm else (NORM,),
+    about={
+      "data": recipe.dataset,
+      "ways": recipe.ways,
+      "algorithm": recipe.algorithm,
+      "meta_steps": int(state.step),
+      "seed": recipe.seed,
+      **about,
+    },
+  )
+
+
 def _of_norms(params: Any) -> Any:
   """A mask of the parameters that belong to batch normalization."""
-  return jax.tree.map_with_path(
-    lambda path, _: metajax.models.BatchStatsNorm.__name__ in jax.tree_util.keystr(path), params
-  )
+  return jax.tree.map_with_path(lambda path, _: NORM in jax.tree_util.keystr(path), params)
 
 
 def _outer_optimizer(recipe: Recipe) -> optax.GradientTransformation:

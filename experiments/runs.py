@@ -20,6 +20,7 @@ from metajax.checkpoint import checkpoints
 
 TASKS_PER_CALL = 25  # judged by one call of a compiled program, whatever the number of tasks
 TEST_TASKS = "test_tasks.jsonl"
+LEARNER, BEST_LEARNER = "learner.safetensors", "best_learner.safetensors"
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
 _PATHS = ("data_dir", "cache_dir")  # not kept with a run: another machine has others
 _FREE = ("eval_tasks", *(setting.name for setting in fields(Cost)))  # may differ on resuming
@@ -183,8 +184,14 @@ def run(
     report_every=recipe.eval_every,
     steps_per_call=recipe.steps_per_call,
   )
+  cells = cells_of(judge(record.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS))
+  build.ship(recipe, experiment, record.state, folder.path / LEARNER, {"accuracy": cells})
+  with checkpoints(folder.path / "checkpoints") as opened:
+    best = opened.best(record.state)
+  if best is not None:
+    build.ship(recipe, experiment, best.state, folder.path / BEST_LEARNER, {"chosen": "best"})
   result: Line = {
-    "cells": cells_of(judge(record.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)),
+    "cells": cells,
     "meta_steps": recipe.meta_steps,
     "train_seconds": round(record.seconds, 3),
     "meta_steps_per_second": round(recipe.meta_steps / record.seconds, 3),
@@ -282,6 +289,7 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
     judge = judge_of(experiment, judged, f"meta-step {step}")
     values = judge(found.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)
     result = {"cells": cells_of(values), "meta_steps": step, "versions": folders.versions()}
+    build.ship(recipe, experiment, found.state, path / LEARNER, {"accuracy": result["cells"]})
     judged.finish(result)
   return result
 

@@ -11,6 +11,7 @@ from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interv
 from metajax.execution import Execution, serial, sharded, vmapped
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, skip_nonfinite
 from metajax.inner import LearnerState, Step, carried, inner_step, inner_update
+from metajax.learned import Learned, Predictions, Recipe, load, save
 from metajax.meta import MetaLearner, MetaState, Sweep, meta_learner, run, sweep
 from metajax.models import Model
 from metajax.spread import map_tasks
@@ -32,12 +33,15 @@ __all__ = [
   "Examples",
   "Execution",
   "Info",
+  "Learned",
   "LearnerState",
   "Mean",
   "MetaGradient",
   "MetaLearner",
   "MetaState",
   "Model",
+  "Predictions",
+  "Recipe",
   "Record",
   "Step",
   "Sweep",
@@ -53,6 +57,7 @@ __all__ = [
   "inner_step",
   "inner_update",
   "judge",
+  "load",
   "losses",
   "maml",
   "map_tasks",
@@ -62,6 +67,7 @@ __all__ = [
   "replacement",
   "reptile",
   "run",
+  "save",
   "separate_tail",
   "serial",
   "sharded",

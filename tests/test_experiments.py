@@ -77,7 +77,12 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
       "test_tasks.jsonl",
       "learning_curve.png",
       "checkpoints",
+      "learner.safetensors",
+      "best_learner.safetensors",
     }
+  for name in ("learner.safetensors", "best_learner.safetensors"):
+    ours, expected = ((tmp_path / folder / name).read_bytes() for folder in ("killed", "whole"))
+    assert ours == expected
   lines = {
     folder: [
       timeless(json.loads(line))
@@ -348,6 +353,31 @@ def test_inner_steps_leave_normalization_alone(splits):
       assert of_parameters == {"bias": False}
     else:
       assert of_parameters["kernel"], layer
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [
+    {"inner_optimizer": "adam", "inner_rate": 0.02, "eval_steps": 6},
+    {"inner_optimizer": "sgd", "network": "finn", "adapt_norm": False, "inner_rate": 0.5},
+  ],
+  ids=["adam", "finn"],
+)
+def test_the_learner_file_adapts_as_the_run_is_judged(variant, splits, tmp_path):
+  recipe = tiny(filters=2, eval_shots=(1, 2), eval_batch=(3, 4), **variant)
+  experiment = build.build(recipe, splits, metajax.task_mesh())
+  state = experiment.learner.init(jax.jit(experiment.model.init)(jax.random.key(0)))
+  state = state._replace(inner=jax.tree.map(lambda leaf: leaf + 1, state.inner))
+  path = tmp_path / "learner.safetensors"
+  build.ship(recipe, experiment, state, path, {"more": 1})
+  learned = metajax.load(path)
+  assert learned.recipe.about["algorithm"] == recipe.algorithm and learned.recipe.about["more"] == 1
+  key = jax.random.key(1)
+  train = experiment.evaluations["test"]["2-shot"].sample_task(key).train
+  rows = metajax.cycling(recipe.eval_steps, 4)(key, 2 * recipe.ways)
+  expected = jax.jit(experiment.learner.adapt)(state, train, rows)
+  found = jax.jit(learned.adapt_params)(train, key)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
 def test_seeds_are_runs_of_their_own(tmp_path, glyphs):

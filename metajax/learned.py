@@ -1,0 +1,422 @@
+"""A learner to ship: one file, from which it adapts to new tasks without any other setting."""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+import scipy.special
+from numpy.typing import ArrayLike
+
+from metajax import losses
+from metajax.devices import task_mesh
+from metajax.episodes import cycling
+from metajax.evaluation import inductive, transductive
+from metajax.inner import all_finite, begin_task, carried, initial_state, inner_update
+from metajax.meta import MetaLearner, MetaState
+from metajax.models import Model, from_spec
+from metajax.types import Examples, InnerState, Params, PRNGKey, Task, num_examples
+
+_FORMAT = 1  # the version of the file format
+_AT_ONCE = 32  # test examples in one call of the compiled inductive prediction
+_LOSSES = {"cross_entropy": losses.cross_entropy, "squared_error": losses.squared_error}
+_OPTIMIZERS = (
+  "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adan", "amsgrad", "lamb", "lars",
+  "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "yogi",
+)  # fmt: skip
+Protocol = Literal["inductive", "transductive"]
+
+
+class Recipe(NamedTuple):
+  """How a learner adapts, and what is known about it; a learner file holds it as JSON.
+
+  Attributes:
+    inner_optimizer: a function of optax and its arguments, as `{"name": "sgd", "learning_rate":
+      0.1}`.
+    steps: the number of inner steps of an adaptation.
+    batch_size: the examples in the minibatch of a step.
+    loss: a function of `metajax.losses` and its reduction, as `{"name": "cross_entropy",
+      "reduction": "mean"}`.
+    frozen: inner steps leave parameters alone whose names contain one of these.
+    network: the `Model.spec` of the network, or None for a network of the user's own.
+    carried: whether every task starts from the optimizer's trained state, as with
+      `metajax.carried`.
+    inputs: for each leaf of the inputs, by its name, the shape of an example and the dtype.
+    about: anything else that JSON can hold, such as class names, accuracy or data.
+    version: the version of metajax that wrote the file.
+  """
+
+  inner_optimizer: dict[str, Any]
+  steps: int
+  batch_size: int
+  loss: dict[str, Any]
+  frozen: Sequence[str]
+  network: dict[str, Any] | None
+  carried: bool
+  inputs: dict[str, Any]
+  about: dict[str, Any]
+  version: str
+
+
+class Predictions(NamedTuple):
+  """What an adapted learner says about `m` inputs.
+
+  Attributes:
+    labels: `[m]`, the most probable class of each input, in the user's labels.
+    probabilities: float32 `[m, c]`, of each class.
+    classes: `[c]`, the user's labels in increasing order.
+  """
+
+  labels: np.ndarray
+  probabilities: np.ndarray
+  classes: np.ndarray
+
+
+class Learned(NamedTuple):
+  """A trained learner, from `load`.
+
+  Attributes:
+    params: the initialization that was learned.
+    inner_state: of the inner optimizer, if it is carried from task to task.
+    recipe: how it adapts.
+    model: the network.
+    adapt: `(inputs, labels, *, protocol="inductive", seed=0) -> predict` adapts to a task. Labels
+      are integers or strings `[n]`, of at most as many classes as the network has outputs. Then
+      `predict(inputs)` returns the `Predictions` for inputs `[m, ...]`. For a regression, labels
+      are the targets, and `predict` returns outputs `[m, ...]`. The programs are compiled once for
+      each shape. The seed determines the minibatches.
+    adapt_params: `(examples, key) -> params`, the same as a pure function of arrays, with labels
+      from 0: to be compiled, mapped over many tasks by `jax.vmap`, judged, or exported.
+  """
+
+  params: Params
+  inner_state: InnerState
+  recipe: Recipe
+  model: Model
+  adapt: Callable[..., Callable[[Any], Any]]
+  adapt_params: Callable[[Examples, PRNGKey], Params]
+
+
+def save(
+  path: str | os.PathLike,
+  learner: MetaLearner,
+  state: MetaState,
+  model: Model,
+  *,
+  example_inputs: Any,
+  inner_optimizer: dict[str, Any],
+  steps: int,
+  batch_size: int,
+  loss: dict[str, Any],
+  frozen: Sequence[str] = (),
+  about: dict[str, Any] | None = None,
+) -> None:
+  """Writes a trained learner to one file, in the safetensors format with its recipe as JSON.
+
+  If several processes share the run, all of them call this together, and the first one writes.
+
+  Args:
+    path: of the file, such as `digits.safetensors`.
+    learner: from `meta_learner`.
+    state: its trained state.
+    model: the network. One that `metajax.models` makes by name, such as `conv4`, is made again by
+      `load`; any other must be given to `load` again.
+    example_inputs: inputs `[n, ...]` of the shape and dtype that the network was trained on.
+    inner_optimizer: the inner optimizer by its name in optax and its arguments, as `{"name": "sgd",
+      "learning_rate": 0.1}`.
+    steps: the number of inner steps of an adaptation.
+    batch_size: the examples in the minibatch of a step.
+    loss: as `{"name": "cross_entropy", "reduction": "mean"}`.
+    frozen: inner steps leave parameters alone whose names contain one of these.
+    about: anything else that JSON can hold, such as class names, accuracy or data.
+
+  Raises:
+    ValueError: if something is not as it should be; nothing is written then.
+    OSError: if the file cannot be written.
+  """
+  path = Path(path)
+  if path.suffix != ".safetensors":
+    raise ValueError(f"a learner file ends in .safetensors, and {path} does not: rename it")
+  params, inner_state = _fetched(learner, state)
+  recipe = Recipe(
+    inner_optimizer=inner_optimizer,
+    steps=steps,
+    batch_size=batch_size,
+    loss=loss,
+    frozen=tuple(frozen),
+    network=model.spec,
+    carried=type(inner_state) is not tuple or len(inner_state) > 0,
+    inputs={
+      name: {"shape": list(np.shape(leaf)[1:]), "dtype": str(leaf.dtype)}
+      for name, leaf in _named(jax.tree.map(np.asarray, example_inputs)).items()
+    },
+    about=about or {},
+    version=metadata.version("metajax"),
+  )
+  try:
+    content = json.loads(json.dumps(recipe._asdict(), default=_number))
+  except TypeError as error:
+    raise ValueError(
+      f"a recipe must be numbers, texts, lists and dicts of them ({error})"
+    ) from error
+  if not all_finite(params):
+    raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
+  learned = _learned(recipe, model, params, inner_state)
+  jax.eval_shape(learned.model.apply, params, example_inputs)
+  arrays = {**_named(params, "params"), **_named(inner_state, "inner")}
+  header = json.dumps({"format": _FORMAT, "recipe": content, "crc32": _checksum(arrays)})
+  if jax.process_index() > 0:
+    return
+  beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  try:
+    beside.write_bytes(safetensors.numpy.save(arrays, metadata={"metajax": header}))
+    beside.replace(path)
+  except OSError as error:
+    raise OSError(f"{path} cannot be written ({error.strerror})") from error
+  finally:
+    beside.unlink(missing_ok=True)
+
+
+def _fetched(learner: MetaLearner, state: MetaState) -> tuple[Params, InnerState]:
+  """The parameters and the inner state of one learner, as NumPy arrays."""
+  one = lambda state: (state.params, learner.execution.one(state.inner))
+  if jax.process_count() == 1:
+    return jax.device_get(one(state))
+  everywhere = jax.NamedSharding(task_mesh(), jax.P())  # each process fetches what it has
+  return jax.device_get(jax.jit(one, out_shardings=everywhere)(state))
+
+
+def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
+  """Reads a learner from its file. Nothing in a file is ever executed.
+
+  Args:
+    path: of a file that `save` wrote; or the name of a learner that comes with metajax, such as
+      `"omniglot_5way_reptile"`.
+    model: the network, if it is the user's own; by default the one that the file names.
+
+  Raises:
+    ValueError: if there is no such file, it is damaged, or its numbers do not fit the network.
+  """
+  path = _found(path)
+  try:
+    with safetensors.safe_open(path, framework="flax") as file:
+      header = json.loads((file.metadata() or {}).get("metajax", "{}"))
+      arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
+  if header.get("format") != _FORMAT:
+    raise ValueError(
+      f"{path} is no learner file of format {_FORMAT}: write it with metajax.save, or read it with "
+      "the version of metajax that wrote it"
+    )
+  if header["crc32"] != _checksum(arrays):
+    raise ValueError(f"{path} is damaged: its numbers are not those that were saved")
+  recipe = Recipe(**header["recipe"])
+  if model is None:
+    if recipe.network is None:
+      raise ValueError(
+        f"{path} was saved with a network of your own: give it, as load(path, model=model)"
+      )
+    model = from_spec(recipe.network)
+  like = jax.eval_shape(model.init, jax.random.key(0))
+  params = _filled(path, "params", like, arrays)
+  optimizer = _optimizer(recipe)
+  inner_state = _filled(
+    path, "inner", jax.eval_shape(partial(initial_state, optimizer), like), arrays
+  )
+  return _learned(recipe, model, params, inner_state)
+
+
+def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerState) -> Learned:
+  loss_name = recipe.loss.get("name")
+  if loss_name not in _LOSSES:
+    raise ValueError(f"loss {loss_name!r} must be one of {', '.join(_LOSSES)}")
+  reduction = recipe.loss.get("reduction", "mean")
+  loss = _LOSSES[loss_name](model.apply, reduction=reduction)
+  optimizer, schedule = _optimizer(recipe), cycling(recipe.steps, recipe.batch_size)
+  begin_task(optimizer, params, inner_state)  # raises what does not fit
+
+  def adapt_from(
+    params: Params, inner_state: InnerState, examples: Examples, key: PRNGKey
+  ) -> Params:
+    start = begin_task(optimizer, params, inner_state)
+    rows = schedule(key, num_examples(examples))
+    return inner_update(loss, optimizer, start, examples, rows)[0].params
+
+  compiled = partial(jax.jit(adapt_from), params, inner_state)
+  protocols = {
+    "inductive": jax.jit(inductive(model.apply)),
+    "transductive": jax.jit(transductive(model.apply)),
+  }
+
+  def outputs(adapted: Params, train: Examples, inputs: Any, protocol: Protocol) -> np.ndarray:
+    predict = lambda inputs: protocols[protocol](adapted, Task(train, Examples(inputs, ())))
+    if protocol == "transductive":
+      return np.asarray(predict(inputs))
+    m, parts = num_examples(inputs), []
+    for start in range(0, m, _AT_ONCE):  # of one shape, so that any number is compiled once
+      rows = np.minimum(np.arange(start, start + _AT_ONCE), m - 1)
+      parts.append(np.asarray(predict(jax.tree.map(lambda leaf, rows=rows: leaf[rows], inputs))))
+    return np.concatenate(parts)[:m]
+
+  def adapt(
+    inputs: Any, labels: ArrayLike, *, protocol: Protocol = "inductive", seed: int = 0
+  ) -> Callable[[Any], Any]:
+    if protocol not in protocols:
+      raise ValueError(f"protocol must be 'inductive' or 'transductive', not {protocol!r}")
+    inputs, labels = _fitting(recipe, inputs), np.asarray(labels)
+    if np.shape(labels)[:1] != (num_examples(inputs),):
+      raise ValueError(
+        f"{num_examples(inputs)} inputs and labels {labels.shape}: give one for each"
+      )
+    if loss_name == "squared_error":
+      train = Examples(inputs, labels.astype(np.float32))
+      adapted = compiled(train, jax.random.key(seed))
+      return lambda inputs: outputs(adapted, train, _fitting(recipe, inputs), protocol)
+    classes, numbers = np.unique(labels, return_inverse=True)
+    ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
+    if labels.ndim != 1 or len(classes) > ways:
+      raise ValueError(
+        f"this learner tells at most {ways} classes apart, and labels {labels.shape} are of "
+        f"{len(classes)}: give labels [n] of {ways} classes or fewer"
+      )
+    train = Examples(inputs, numbers.astype(np.int32))
+    adapted = compiled(train, jax.random.key(seed))
+
+    def predict(inputs: Any) -> Predictions:
+      logits = outputs(adapted, train, _fitting(recipe, inputs), protocol)[:, : len(classes)]
+      probabilities = scipy.special.softmax(logits, axis=1)
+      return Predictions(classes[probabilities.argmax(axis=1)], probabilities, classes)
+
+    return predict
+
+  return Learned(
+    params, inner_state, recipe, model, adapt, partial(adapt_from, params, inner_state)
+  )
+
+
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+  name = recipe.inner_optimizer.get("name")
+  arguments = {k: v for k, v in recipe.inner_optimizer.items() if k != "name"}
+  if name not in _OPTIMIZERS:
+    raise ValueError(
+      f"inner_optimizer must be one of {', '.join(_OPTIMIZERS)}, as {{'name': 'sgd', "
+      f"'learning_rate': 0.1}}, not {recipe.inner_optimizer}"
+    )
+  try:
+    optimizer = getattr(optax, name)(**arguments)
+  except TypeError as error:
+    raise ValueError(f"optax.{name} cannot be made with {arguments}: {error}") from error
+  if recipe.frozen:
+    mask = lambda params: jax.tree.map_with_path(
+      lambda path, _: any(part in _name(path) for part in recipe.frozen), params
+    )
+    optimizer = optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))
+  return carried(optimizer) if recipe.carried else optimizer
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """The leaves of a tree by name, such as `params/Conv_0/kernel`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {"/".join(filter(None, (prefix, _name(path)))): leaf for path, leaf in leaves}
+
+
+def _filled(path: Path, prefix: str, like: Any, arrays: dict[str, np.ndarray]) -> Any:
+  """The tree `like` with the numbers of a file."""
+  expected = _named(like, prefix)
+  found = {name: array for name, array in arrays.items() if name.split("/")[0] == prefix}
+  for name in {**expected, **found}:
+    shapes = [
+      f"{leaf.dtype} {leaf.shape}" if (leaf := leaves.get(name)) is not None else "missing"
+      for leaves in (found, expected)
+    ]
+    if shapes[0] != shapes[1]:
+      raise ValueError(
+        f"{path} does not fit the network: {name} is {shapes[0]} in the file and {shapes[1]} in "
+        "the network: load it with the network that it was saved with"
+      )
+  leaves = [jnp.asarray(found[name]) for name in expected]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _fitting(recipe: Recipe, inputs: Any) -> Any:
+  """The inputs in the dtype of the network, if they are such as it was trained on."""
+  inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
+  given = _named(inputs)
+  if set(given) != set(recipe.inputs):
+    raise ValueError(
+      f"inputs must be {_of_inputs(recipe)}, not {', '.join(map(repr, given)) or 'nothing'}"
+    )
+  for name, leaf in given.items():
+    shape, dtype = tuple(recipe.inputs[name]["shape"]), np.dtype(recipe.inputs[name]["dtype"])
+    if leaf.shape[1:] != shape or not leaf.ndim:
+      raise ValueError(
+        f"inputs must be [n, {', '.join(map(str, shape))}], not {leaf.shape}: this learner was "
+        f"trained on {_of_inputs(recipe)}"
+      )
+    given[name] = _in_dtype(leaf, dtype)
+  return jax.tree.unflatten(jax.tree.structure(inputs), list(given.values()))
+
+
+def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  floats, of_floats = (np.issubdtype(kind, np.floating) for kind in (leaf.dtype, dtype))
+  if dtype == np.uint8 and floats:
+    if leaf.size and not 0 <= leaf.min() <= leaf.max() <= 1:
+      raise ValueError(
+        f"images are from {leaf.min():g} to {leaf.max():g}: give uint8, or floats from 0 to 1"
+      )
+    return leaf.astype(np.float32)
+  converted = leaf.astype(dtype)
+  if floats != of_floats or (not floats and not np.array_equal(converted, leaf)):
+    raise ValueError(f"inputs must be {dtype}, as this learner was trained on, not {leaf.dtype}")
+  return converted
+
+
+def _of_inputs(recipe: Recipe) -> str:
+  parts = [
+    f"{name} {leaf['dtype']} [n, {', '.join(map(str, leaf['shape']))}]".strip()
+    for name, leaf in recipe.inputs.items()
+  ]
+  return ", ".join(parts)
+
+
+def _found(path: str | os.PathLike) -> Path:
+  """The file at this path, or the one that comes with metajax under this name."""
+  home = resources.files("metajax") / "learners"
+  shipped = sorted(Path(str(home)).glob("*.safetensors"))
+  for file in shipped:
+    if str(path) == file.stem and not Path(path).exists():
+      return file
+  if not Path(path).is_file():
+    names = ", ".join(file.stem for file in shipped)
+    raise ValueError(f"{path} is neither a file nor the name of a learner of metajax ({names})")
+  return Path(path)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+  checksum = 0
+  for name in sorted(arrays):
+    array = np.ascontiguousarray(arrays[name])
+    checksum = zlib.crc32(array.view(np.uint8).data, zlib.crc32(name.encode(), checksum))
+  return checksum
+
+
+def _number(value: Any) -> Any:
+  """NumPy's numbers as Python's, for JSON."""
+  if isinstance(value, np.generic | np.ndarray | jax.Array):
+    return value.tolist()
+  raise TypeError(f"{type(value).__name__} is none of them")

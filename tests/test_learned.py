@@ -1,0 +1,296 @@
+"""A learner that is saved to a file adapts as the one that was trained."""
+
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metajax
+from metajax import models
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+MEAN = {"name": "cross_entropy", "reduction": "mean"}
+ADAM = {"name": "adam", "learning_rate": 0.02, "b1": 0.0, "eps": 0.01}
+IMAGES = RNG.integers(0, 256, (9, 6, 5, 1), np.uint8)
+LABELS = np.array(["cat", "dog", "bee"] * 3)
+MORE = RNG.integers(0, 256, (40, 6, 5, 1), np.uint8)
+
+
+def loss_of(model, reduction="mean"):
+  return metajax.losses.cross_entropy(model.apply, reduction=reduction)
+
+
+def saved(path, model=None, inner=None, *, execution=None, state=None, **changes):
+  """Saves a learner with a small network, and returns it with its state and its network."""
+  model = model or models.conv4((6, 5), 3, filters=2)
+  inner = inner or metajax.carried(optax.adam(0.02, b1=0.0, eps=0.01))
+  execution = execution or metajax.vmapped(2)
+  learner = metajax.meta_learner(metajax.reptile(loss_of(model), inner), optax.sgd(1.0), execution)
+  state = state or learner.init(model.init(KEY))
+  settings = {
+    "example_inputs": IMAGES[:1],
+    "inner_optimizer": ADAM,
+    "steps": 7,
+    "batch_size": 4,
+    "loss": MEAN,
+    **changes,
+  }
+  metajax.save(path, learner, state, model, **settings)
+  return learner, state, model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A file of a learner whose inner state was carried through a task."""
+  path = tmp_path_factory.mktemp("learned") / "small.safetensors"
+  learner, state, model = saved(path)
+  task = metajax.Examples(jnp.asarray(IMAGES), jnp.arange(9, dtype=jnp.int32) % 3)
+  episode = metajax.Episode(task, jnp.zeros((2, 3), jnp.int32), task)
+  episodes = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), episode)
+  state, _ = jax.jit(learner.step)(state, episodes)
+  saved(path, state=state, about={"accuracy": np.float32(0.5), "classes": ("a", "b")})
+  return path, learner, state, model
+
+
+@pytest.fixture(scope="module")
+def learned(trained):
+  return metajax.load(trained[0])
+
+
+def test_numbers_and_recipe_come_back(trained):
+  path, learner, state, model = trained
+  learned = metajax.load(path)
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  same(learned.params, state.params)
+  same(learned.inner_state, learner.execution.one(state.inner))
+  assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(learned.inner_state[0].nu)) > 0
+  assert learned.recipe.carried and learned.recipe.about == {"accuracy": 0.5, "classes": ["a", "b"]}
+  assert learned.recipe.version == metajax.__version__
+  assert learned.model.spec == {**model.spec, "size": [6, 5]}
+
+
+@pytest.mark.parametrize("protocol", ["inductive", "transductive"])
+def test_it_adapts_and_predicts_as_the_learner_that_was_trained(trained, protocol):
+  path, learner, state, model = trained
+  predict = metajax.load(path).adapt(IMAGES, LABELS, protocol=protocol)
+  found = predict(MORE)
+
+  order = ["bee", "cat", "dog"]
+  targets = jnp.array([order.index(label) for label in LABELS], jnp.int32)
+  task = metajax.Task(metajax.Examples(IMAGES, targets), metajax.Examples(MORE, ()))
+  evaluate = metajax.evaluate(
+    learner, metajax.cycling(7, 4), getattr(metajax, protocol)(model.apply)
+  )
+  logits = np.asarray(jax.jit(evaluate)(state, jax.random.key(0), task), np.float64)
+  expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(found.probabilities, expected, rtol=2e-4)
+  assert found.classes.tolist() == order
+  assert found.labels.tolist() == [order[i] for i in expected.argmax(axis=1)]
+  assert found.probabilities.shape == (40, 3)
+
+
+def test_predictions_of_one_input_do_not_depend_on_the_others_when_inductive(learned):
+  predict = learned.adapt(IMAGES, LABELS)
+  together = predict(MORE).probabilities
+  for rows in (slice(1), slice(3, 37)):
+    np.testing.assert_array_equal(predict(MORE[rows]).probabilities, together[rows])
+
+
+def test_programs_are_compiled_once(learned):
+  learned.adapt(IMAGES, LABELS)(MORE)
+  with jax.log_compiles(True), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax._src.compiler, "compile_or_get_cached", None)  # compiling would fail
+    learned.adapt(IMAGES[::-1], LABELS[::-1], seed=3)(MORE[:7])
+
+
+def test_labels_of_any_kind(learned):
+  numbers = learned.adapt(IMAGES, [30, 7, -1] * 3)(MORE)
+  assert numbers.classes.tolist() == [-1, 7, 30] and set(numbers.labels) <= {-1, 7, 30}
+  two = learned.adapt(IMAGES[:4], ["no", "yes"] * 2)(MORE)
+  assert two.probabilities.shape == (40, 2)
+  np.testing.assert_allclose(two.probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_images_may_be_floats_from_0_to_1(learned):
+  floats = learned.adapt(IMAGES / 255, LABELS)(MORE / 255)
+  np.testing.assert_allclose(
+    floats.probabilities, learned.adapt(IMAGES, LABELS)(MORE).probabilities, rtol=1e-3
+  )
+
+
+def test_many_tasks_at_once(learned):
+  targets = jnp.arange(9, dtype=jnp.int32) % 3
+  tasks = metajax.Examples(np.stack([IMAGES, IMAGES[::-1]]), jnp.stack([targets, targets]))
+  keys = jnp.stack([KEY, KEY])
+  many = jax.jit(jax.vmap(learned.adapt_params))(tasks, keys)
+  one = learned.adapt_params(metajax.Examples(IMAGES[::-1], targets), KEY)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), many, one)
+
+
+def test_a_network_of_the_user_s_own_and_inputs_of_several_parts(tmp_path):
+  path = tmp_path / "own.safetensors"
+  inputs = {"tokens": RNG.integers(0, 9, (6, 4)), "mask": RNG.random((6, 4)) < 0.7}
+
+  def init(key):
+    embedding = jax.random.normal(key, (9, 3)).astype(jnp.bfloat16)
+    return [embedding, (jnp.ones(3),)]
+
+  def apply(params, inputs):
+    words = params[0][inputs["tokens"]] * inputs["mask"][..., None]
+    return (words.sum(axis=1) * params[1][0]).astype(jnp.float32)
+
+  own = models.Model(init, apply)
+  sgd = {"name": "sgd", "learning_rate": 0.1}
+  saved(
+    path, own, optax.sgd(0.1), execution=metajax.serial(1), example_inputs=inputs,
+    inner_optimizer=sgd,
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"network of your own: give it, as load\(path, model"):
+    metajax.load(path)
+  learned = metajax.load(path, model=own)
+  assert learned.params[0].dtype == jnp.bfloat16 and not learned.recipe.carried
+  found = learned.adapt(inputs, [1, 2, 3] * 2)(inputs)
+  assert found.probabilities.shape == (6, 3)
+  with pytest.raises(ValueError, match=r"mask bool \[n, 4\], tokens int64 \[n, 4\], not 'mask'$"):
+    learned.adapt({"mask": inputs["mask"]}, [1, 2, 3] * 2)
+  other = models.Model(lambda key: [jnp.ones((9, 3)), (jnp.ones(3),)], apply)
+  with pytest.raises(ValueError, match=r"params/0 is bfloat16 \(9, 3\) in the file and float32"):
+    metajax.load(path, model=other)
+
+
+def test_a_regression(tmp_path):
+  path = tmp_path / "sine.safetensors"
+  model = models.mlp(1, 1, hidden=(8,), activation="tanh")
+  loss = metajax.losses.squared_error(model.apply, reduction="mean")
+  learner = metajax.meta_learner(
+    metajax.maml(loss, optax.sgd(0.1)), optax.sgd(1.0), metajax.vmapped(2)
+  )
+  x = np.linspace(-1, 1, 12, dtype=np.float32)[:, None]
+  metajax.save(
+    path, learner, learner.init(model.init(KEY)), model, example_inputs=x, steps=200,
+    inner_optimizer={"name": "sgd", "learning_rate": 0.1}, batch_size=12,
+    loss={"name": "squared_error", "reduction": "mean"},
+  )  # fmt: skip
+  predict = metajax.load(path).adapt(x, 2 * x)
+  np.testing.assert_allclose(predict(x[3:7]), 2 * x[3:7], atol=0.2)
+
+
+def test_frozen_parameters_stay(tmp_path):
+  path = tmp_path / "frozen.safetensors"
+  saved(
+    path,
+    inner=optax.sgd(0.1),
+    inner_optimizer={"name": "sgd", "learning_rate": 0.1},
+    frozen=("BatchStatsNorm", "Dense_0/bias"),
+  )
+  learned = metajax.load(path)
+  examples = metajax.Examples(IMAGES, jnp.arange(9, dtype=jnp.int32) % 3)
+  adapted = learned.adapt_params(examples, KEY)
+  for path, (a, b) in jax.tree_util.tree_leaves_with_path(
+    jax.tree.map(lambda *pair: pair, learned.params, adapted), is_leaf=lambda x: type(x) is tuple
+  ):
+    name = jax.tree_util.keystr(path)
+    stays = "BatchStatsNorm" in name or "'bias'" in name  # biases of convolutions are never added
+    assert np.array_equal(a, b) == stays, name
+
+
+def rewritten(path, change):
+  """Changes what metajax wrote into the header of the file."""
+  content = path.read_bytes()
+  (size,) = struct.unpack("<Q", content[:8])
+  header = json.loads(content[8 : 8 + size])
+  ours = json.loads(header["__metadata__"]["metajax"])
+  change(ours)
+  header["__metadata__"]["metajax"] = json.dumps(ours)
+  text = json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+def test_other_files_are_refused(trained, tmp_path):
+  sound, path = trained[0].read_bytes(), tmp_path / "other.safetensors"
+  with pytest.raises(ValueError, match="neither a file nor the name of a learner of metajax"):
+    metajax.load(path)
+  for spoilt in (b"", sound[:100], sound[:-3], sound[:8] + b"x" + sound[9:]):
+    path.write_bytes(spoilt)
+    with pytest.raises(ValueError, match="is no learner file, or it is damaged"):
+      metajax.load(path)
+  path.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
+  with pytest.raises(ValueError, match="its numbers are not those that were saved"):
+    metajax.load(path)
+  path.write_bytes(sound)
+  rewritten(path, lambda header: header.update(format=2))
+  with pytest.raises(ValueError, match="is no learner file of format 1: write it with metajax"):
+    metajax.load(path)
+  path.write_bytes(sound)
+  rewritten(path, dict.clear)
+  with pytest.raises(ValueError, match="is no learner file of format 1"):
+    metajax.load(path)
+
+
+def test_a_file_that_asks_for_other_code_is_refused(trained, tmp_path):
+  path = tmp_path / "other.safetensors"
+
+  def asking_for(**changes):
+    path.write_bytes(trained[0].read_bytes())
+    rewritten(path, lambda header: header["recipe"].update(changes))
+    return path
+
+  with pytest.raises(ValueError, match="inner_optimizer must be one of adabelief"):
+    metajax.load(asking_for(inner_optimizer={"name": "__import__"}))
+  with pytest.raises(ValueError, match="network 'from_linen' must be one of"):
+    metajax.load(asking_for(network={"name": "from_linen"}))
+  with pytest.raises(ValueError, match="loss 'accuracy' must be one of cross_entropy"):
+    metajax.load(asking_for(loss={"name": "accuracy"}))
+
+
+REFUSALS = [
+  (lambda: ({}, {"inner_optimizer": {"name": "sgd", "rate": 1}}), "optax.sgd cannot be made with"),
+  (lambda: ({}, {"inner_optimizer": {"name": "chain"}}), "inner_optimizer must be one of"),
+  (
+    lambda: ({}, {"inner_optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
+    "the inner state is not that of this optimizer",
+  ),
+  (lambda: ({}, {"about": {"x": object()}}), "numbers, texts, lists and dicts of them"),
+  (lambda: ({}, {"loss": {"name": "hinge"}}), "loss 'hinge' must be one of"),
+  (lambda: ({}, {"steps": 0}), "num_steps must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("make", "pattern"), REFUSALS)
+def test_what_cannot_be_saved_is_refused(make, pattern, tmp_path):
+  arguments, changes = make()
+  with pytest.raises(ValueError, match=pattern):
+    saved(tmp_path / "x.safetensors", **arguments, **changes)
+  assert not list(tmp_path.iterdir())
+
+
+def test_names_and_folders_of_files(trained, tmp_path):
+  with pytest.raises(ValueError, match=r"ends in \.safetensors, and .*learner\.bin does not"):
+    saved(tmp_path / "learner.bin")
+  with pytest.raises(OSError, match="cannot be written"):
+    saved(tmp_path / "nowhere" / "x.safetensors")
+  nan = trained[2]._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, trained[2].params))
+  with pytest.raises(ValueError, match="not all finite, so there is nothing to ship"):
+    saved(tmp_path / "x.safetensors", state=nan)
+
+
+BAD_TASKS = [
+  (IMAGES[:, :5], LABELS, {}, r"must be \[n, 6, 5, 1\], not \(9, 5, 5, 1\): this learner was"),
+  (IMAGES.astype(np.int32) * 2, LABELS, {}, "must be uint8, as this learner was trained on, not"),
+  (IMAGES * 1.0, LABELS, {}, "give uint8, or floats from 0 to 1"),
+  ({"x": IMAGES}, LABELS, {}, r"inputs must be uint8 \[n, 6, 5, 1\], not 'x'"),
+  (IMAGES, LABELS[:4], {}, r"9 inputs and labels \(4,\): give one for each"),
+  (IMAGES, range(9), {}, r"at most 3 classes apart, and labels \(9,\) are of 9"),
+  (IMAGES, LABELS, {"protocol": "both"}, "'inductive' or 'transductive', not 'both'"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "labels", "options", "pattern"), BAD_TASKS)
+def test_tasks_that_do_not_fit_are_refused(learned, inputs, labels, options, pattern):
+  with pytest.raises(ValueError, match=pattern):
+    learned.adapt(inputs, labels, **options)
