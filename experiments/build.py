@@ -41,6 +41,15 @@ class Experiment(NamedTuple):
 def load(recipe: Recipe) -> metajax.data.Splits:
   """Reads the data set."""
   seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+  if recipe.dataset == "folder":
+    return _load_folder(
+      recipe.data_dir,
+      recipe.cache_dir,
+      recipe.image_shape,
+      recipe.min_examples or 1,
+      recipe.unreadable or "refuse",
+      seed,
+    )
   return _load(recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, seed)
 
 
@@ -55,6 +64,28 @@ def _load(
   return metajax.data.omniglot.load(data_dir, protocol=protocol, seed=seed, cache_dir=cache_dir)
 
 
+@lru_cache(maxsize=2)
+def _load_folder(
+  data_dir: str | None,
+  cache_dir: str | None,
+  shape: tuple[int, int, int],
+  min_examples: int,
+  unreadable: Any,
+  seed: int,
+) -> metajax.data.Splits:
+  if data_dir is None:
+    raise ValueError("--dataset=folder needs --data_dir, a folder of images for each class")
+  return metajax.data.from_folder(
+    data_dir,
+    size=shape[:2],
+    mode="L" if shape[2] == 1 else "RGB",
+    min_examples=min_examples,
+    unreadable=unreadable,
+    seed=seed,
+    cache_dir=cache_dir,
+  )
+
+
 def mesh_of(recipe: Recipe) -> jax.sharding.Mesh:
   """All devices if tasks are spread over them; else one, since all would do the same work."""
   one = recipe.execution != SPREAD and jax.process_count() == 1
@@ -67,6 +98,7 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
   Raises:
     ValueError: if the data set is too small for the tasks.
   """
+  _check_sizes(recipe, splits)
   model = _model(recipe)
   learner = metajax.meta_learner(
     _meta_gradient(recipe, model), _outer_optimizer(recipe), _execution(recipe, mesh)
@@ -80,8 +112,6 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
     train_shots=recipe.train_shots - recipe.held_back,
     test_shots=recipe.held_back,
   )
-  if "validation" in recipe.curve_splits and splits.validation is None:
-    raise ValueError(f"{recipe.dataset} has no validation classes: take it out of --curve_splits")
   evaluations = {
     split: {
       f"{shots}-shot": _evaluation(recipe, shots, batch, classes, model, learner)
@@ -101,14 +131,47 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
   )
 
 
+def _check_sizes(recipe: Recipe, splits: metajax.data.Splits) -> None:
+  """Raises everything for which there are too few classes or examples, in one message."""
+  evaluated = max(recipe.eval_shots) + recipe.eval_queries
+  problems = []
+  for split, classes in splits._asdict().items():
+    if split not in ("train", *recipe.curve_splits, "test"):
+      continue
+    if classes is None:
+      problems.append(f"it has no {split} classes: take them out of --curve_splits")
+      continue
+    if len(classes.sizes) < recipe.ways:
+      problems.append(f"it has {len(classes.sizes)} {split} classes: lower --ways={recipe.ways}")
+    judged = split in (*recipe.curve_splits, "test")
+    flags = [(evaluated, "--eval_shots or --eval_queries")] if judged else []
+    flags += [(recipe.train_shots, "--train_shots")] if split == "train" else []
+    shots, flag = max(flags)
+    smallest = int(np.argmin(classes.sizes))
+    if classes.sizes[smallest] < shots:
+      problems.append(
+        f"a task takes {shots} examples of each class, and {split} class "
+        f"{classes.names[smallest]!r} has {classes.sizes[smallest]}: lower {flag}"
+        + (", or raise --min_examples" if recipe.dataset == "folder" else "")
+      )
+  if problems:
+    raise ValueError(f"{recipe.data_name} is too small: {'; '.join(problems)}")
+
+
 def _model(recipe: Recipe) -> metajax.Model:
+  options: dict[str, Any] = {} if recipe.filters is None else {"filters": recipe.filters}
+  *size, channels = recipe.image_shape
+  if recipe.network in ("conv4", "resnet12"):
+    of_size: Callable[..., metajax.Model] = (
+      metajax.models.conv4 if recipe.network == "conv4" else metajax.models.resnet12
+    )
+    return of_size(size, recipe.ways, channels=channels, method=recipe.convolution, **options)
   network = {
     ("paper", False): metajax.models.omniglot,
     ("paper", True): metajax.models.mini_imagenet,
     ("finn", False): metajax.models.finn_omniglot,
     ("finn", True): metajax.models.finn_mini_imagenet,
   }[recipe.network, recipe.dataset == "mini_imagenet"]
-  options = {} if recipe.filters is None else {"filters": recipe.filters}
   return network(recipe.ways, method=recipe.convolution, **options)
 
 
@@ -157,7 +220,7 @@ def ship(
     loss={"name": "cross_entropy", "reduction": recipe.loss_reduction},
     frozen=() if recipe.adapt_norm else (NORM,),
     about={
-      "data": recipe.dataset,
+      "data": recipe.data_name,
       "ways": recipe.ways,
       "algorithm": recipe.algorithm,
       "meta_steps": int(state.step),

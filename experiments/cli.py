@@ -113,6 +113,21 @@ def main(
     )
 
 
+def main_without_folder(program: Program, *groups: Settings) -> None:
+  """Runs a program that has no run folder; what is wrong is said in one line.
+
+  Args:
+    program: given the groups with the values of the flags, it checks everything that can be checked
+      beforehand and returns what to run.
+    *groups: settings with their default values.
+  """
+  try:
+    about = sys.modules["__main__"].__doc__ or ""
+    program(*parse(sys.argv[1:], groups, about=about))()
+  except (ValueError, OSError) as error:
+    _end(f"{Path(sys.argv[0]).stem}: {error}", 1)
+
+
 def parse(
   arguments: Sequence[str],
   groups: Sequence[Settings],

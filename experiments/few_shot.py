@@ -2,11 +2,13 @@
 
   python -m experiments.few_shot
   python -m experiments.few_shot --recipe=omniglot_5way_reptile
+  python -m experiments.few_shot --dataset=folder --data_dir=DIR --image_size=28 --network=conv4
 
 The run folder (--out) gets flags.txt, metrics.jsonl, test_tasks.jsonl, result.json,
-learning_curve.png and checkpoints. The same command with the same --out resumes an interrupted run.
-With --seeds, each run has a folder of its own inside. A trained learner is judged again, in other
-ways or on more tasks, by
+learning_curve.png, checkpoints, and the learner files of the last and of the best state, which
+metajax.load and experiments.adapt read. The same command with the same --out resumes an
+interrupted run. With --seeds, each run has a folder of its own inside. A trained learner is judged
+again, in other ways or on more tasks, by
 
   python -m experiments.few_shot --out=DIR --judge=newest --eval_tasks=10000
 """
@@ -86,7 +88,7 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
   """Prints a result."""
   tasks = next(iter(result["cells"].values()))["tasks"]
   print(
-    f"{recipe.dataset}, {recipe.ways}-way, {recipe.algorithm}: "
+    f"{recipe.data_name}, {recipe.ways}-way, {recipe.algorithm}: "
     f"accuracy over {tasks} test tasks, with its 95 % interval"
   )
   for name, cell in result["cells"].items():

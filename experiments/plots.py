@@ -146,6 +146,35 @@ def draw_learning_curve(runs: Sequence[list[Line]], path: Path) -> None:
     axes.legend(loc="lower right", title=band_title(len(runs)), fontsize=8, title_fontsize=8)
 
 
+_SHOWN, _COLUMNS = 60, 10  # images of a contact sheet, and those of a row
+
+
+def draw_predictions(
+  images: np.ndarray, names: Sequence[str], found: metajax.Predictions, path: Path
+) -> None:
+  """Draws images `[m, height, width, channels]` with the class and the probability of each.
+
+  If there are many, every n-th is drawn.
+  """
+  every = -(-len(images) // _SHOWN)
+  shown = range(0, len(images), every)
+  rows = -(-len(shown) // _COLUMNS)
+  with drawing(path, figsize=(_COLUMNS * 1.1, rows * 1.4 + 0.5)) as figure:
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False)
+    for axes in grid.flat:
+      axes.axis("off")
+    for axes, row in zip(grid.flat, shown, strict=False):
+      image = images[row]
+      axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+      probability = found.probabilities[row].max()
+      axes.set_title(f"{found.labels[row]} {100 * probability:.0f} %", fontsize=8)
+      axes.text(
+        0.5, -0.04, names[row][-18:], fontsize=5, ha="center", va="top", transform=axes.transAxes
+      )
+    part = f"every {every}th of {len(images)} images" if every > 1 else f"{len(images)} images"
+    figure.suptitle(f"most probable class and its probability, {part}", fontsize=9)
+
+
 @contextmanager
 def drawing(path: Path, **options: Any) -> Iterator[plt.Figure]:
   """Yields a figure, then saves it to `path`, or as both PNG and SVG if `path` has no suffix."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from experiments.settings import Settings, as_text, in_float32, option
@@ -12,8 +13,18 @@ from experiments.settings import Settings, as_text, in_float32, option
 class Training(Settings):
   """What is trained and how. A run folder belongs to one choice of these."""
 
-  dataset: Literal["glyphs", "omniglot", "mini_imagenet"] = option("glyphs",
-    "Where the tasks come from. The library draws glyphs itself, so they need no data.")
+  dataset: Literal["glyphs", "omniglot", "mini_imagenet", "folder"] = option("glyphs",
+    "Where the tasks come from. The library draws glyphs itself, so they need no data. folder is "
+    "your own images: --data_dir holds a folder for each class.")
+  image_size: int | None = option(None,
+    "Height and width in pixels to which the images of --dataset=folder are resized.", at_least=1)
+  image_mode: Literal["L", "RGB"] | None = option(None,
+    "Whether the images of --dataset=folder are read as gray (L) or, by default, RGB.")
+  min_examples: int | None = option(None,
+    "Classes of --dataset=folder with fewer images are left out.", at_least=1)
+  unreadable: Literal["refuse", "skip"] | None = option(None,
+    "Whether files of --dataset=folder that are no readable image are, by default, an error, or "
+    "are skipped.")
   omniglot_protocol: Literal["pooled", "alphabets"] = option("pooled",
     "The paper's random 1200 and 423 characters, or the background and evaluation alphabets.")
   algorithm: Literal["reptile", "fomaml", "maml", "combine", "joint"] = option("reptile",
@@ -54,8 +65,9 @@ class Training(Settings):
     "How the tasks of a meta-batch run: spread over all devices, or on one device all at once, one "
     "after another, or --chunk at a time. With serial, one carried inner state serves all tasks; "
     "otherwise each place in the meta-batch has its own.")
-  network: Literal["paper", "finn"] = option("paper",
-    "The paper's network for the data set, or that of Finn et al. (2017).")
+  network: Literal["paper", "finn", "conv4", "resnet12"] = option("paper",
+    "The paper's network for the data set, or that of Finn et al. (2017). conv4 and resnet12 take "
+    "images of any size, so --dataset=folder needs one of them.")
   filters: int | None = option(None,
     "Filters of every convolution; by default those of the paper.", at_least=1)
   adapt_norm: bool = option(True,
@@ -92,7 +104,7 @@ class Cost(Settings):
   """What changes only where and how fast a run computes; it may differ when a run is resumed."""
 
   data_dir: str | None = option(None,
-    "Folder with the archives of the data set. Without it, Omniglot is downloaded.")
+    "Folder with the archives or the images of the data set. Without it, Omniglot is downloaded.")
   cache_dir: str | None = option(None,
     "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax.")
   chunk: int | None = option(None,
@@ -117,6 +129,7 @@ class Recipe(Training, Judging, Cost):
     self.shots_and_batches  # noqa: B018, raises what is wrong with them
     if set(self.curve_splits) - {"train", "validation", "test"}:
       raise ValueError("--curve_splits must be of train, validation and test, with commas")
+    self._check_data()
     self._check_inner_loop()
     if self.chunk is not None and self.execution not in ("chunked", "sharded"):
       raise ValueError(
@@ -125,6 +138,31 @@ class Recipe(Training, Judging, Cost):
       )
     if self.chunk is not None and self.chunk > self.meta_batch:
       raise ValueError(f"--chunk={self.chunk} must be from 1 to --meta_batch={self.meta_batch}")
+
+  def _check_data(self) -> None:
+    if self.dataset == "folder":
+      if self.image_size is None or self.network not in ("conv4", "resnet12"):
+        raise ValueError(
+          "--dataset=folder needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"
+        )
+      if self.network == "resnet12" and self.filters is not None:
+        raise ValueError("--filters is of no use with --network=resnet12: leave it out")
+      return
+    for name in ("image_size", "image_mode", "min_examples", "unreadable"):
+      if getattr(self, name) is not None:
+        raise ValueError(f"--{name} is of --dataset=folder: leave it out")
+
+  @property
+  def data_name(self) -> str:
+    """What the data is called in results."""
+    return Path(self.data_dir or "").name if self.dataset == "folder" else self.dataset
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the images."""
+    if self.image_size is not None:
+      return self.image_size, self.image_size, 1 if self.image_mode == "L" else 3
+    return (84, 84, 3) if self.dataset == "mini_imagenet" else (28, 28, 1)
 
   def _check_inner_loop(self) -> None:
     if (self.algorithm == "combine") != (self.weights is not None):

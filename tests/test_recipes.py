@@ -216,7 +216,10 @@ def test_processes_are_named_by_all_three_flags(changes, message):
 
 def test_a_split_that_is_not_there_is_refused(blank):
   recipe = dataclasses.replace(PRESETS["omniglot_5way_reptile"], curve_splits=("validation",))
-  with pytest.raises(ValueError, match="omniglot has no validation classes: take it out"):
+  with pytest.raises(
+    ValueError,
+    match="omniglot is too small: it has no validation classes: take them out of --curve_splits",
+  ):
     build.build(recipe, blank["omniglot"], metajax.task_mesh())
 
 

@@ -1,13 +1,14 @@
 """Data sets, and task samplers: functions `key -> Task` that run on the device."""
 
 from metajax.data import few_shot, glyphs, mini_imagenet, omniglot, sine
-from metajax.data.class_folders import from_folder
+from metajax.data.class_folders import NamedImages, from_folder, read_images
 from metajax.data.few_shot import Classes, Splits, from_arrays, split
 from metajax.data.files import DataError, cache_directory
 
 __all__ = [
   "Classes",
   "DataError",
+  "NamedImages",
   "Splits",
   "cache_directory",
   "few_shot",
@@ -16,6 +17,7 @@ __all__ = [
   "glyphs",
   "mini_imagenet",
   "omniglot",
+  "read_images",
   "sine",
   "split",
 ]

@@ -89,17 +89,14 @@ def from_folder(
     ValueError: if the classes cannot be divided in this way.
   """
   form = format_of(size, mode)
-  if unreadable not in ("refuse", "skip"):
-    raise ValueError(f"unreadable must be 'refuse' or 'skip', not {unreadable!r}")
+  _check_choice(unreadable)
   folder = existing_directory(path)
   divided = all((folder / part).is_dir() for part in ("train", "test"))
   parts = SPLITS if divided else ("all",)
   sources = {part: [folder / part if divided else folder] for part in parts}
   sources = {part: paths for part, paths in sources.items() if paths[0].is_dir()}
   prepared = decoded(folder, sources, "folder", form, cache_dir, skip=unreadable == "skip")
-  bad = [line for part in prepared.values() for line in part.unreadable]
-  if bad:
-    warnings.warn(f"images are skipped: {_listed(bad)}", stacklevel=2)
+  _warn([line for part in prepared.values() for line in part.unreadable])
   classes = {
     part: few_shot.from_arrays(images.pixels, images.labels, min_examples=min_examples)
     for part, images in prepared.items()
@@ -107,6 +104,48 @@ def from_folder(
   if divided:
     return Splits(classes["train"], classes.get("val"), classes["test"])
   return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
+
+
+class NamedImages(NamedTuple):
+  """Images and where they were found.
+
+  Attributes:
+    names: the path of each image below the folder, `CLASS/IMAGE.png` or deeper.
+    images: uint8 `[m, height, width, channels]`.
+  """
+
+  names: list[str]
+  images: np.ndarray
+
+
+def read_images(
+  path: str | os.PathLike,
+  *,
+  size: int | tuple[int, int],
+  mode: Mode = "RGB",
+  unreadable: Literal["refuse", "skip"] = "refuse",
+) -> NamedImages:
+  """Reads all images below a folder, sorted by name; nothing is kept in the cache.
+
+  Args:
+    path: the folder.
+    size: height and width in pixels, or one number for both; see `from_folder`.
+    mode: `"RGB"`, or `"L"` for gray.
+    unreadable: whether files that are no readable image are an error, which lists all of them, or
+      are skipped with a warning.
+
+  Raises:
+    DataError: if there is no image, or one cannot be read.
+  """
+  _check_choice(unreadable)
+  form, folder = format_of(size, mode), existing_directory(path)
+  found, bad = decode_source(folder, form)
+  if unreadable == "refuse":
+    _refuse(bad, form)
+  _warn(bad)
+  if not found:
+    raise DataError(f"there is no image below {folder}: see that it is the right folder")
+  return NamedImages([str(name) for name in found], np.stack(list(found.values())))
 
 
 def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
@@ -167,9 +206,8 @@ def decoded(
     return load_cache(cache, form)
   parts = {part: _decode(paths, part, form) for part, paths in sources.items() if paths}
   bad = [line for images in parts.values() for line in images.unreadable]
-  if bad and not skip:
-    advice = ", or skip such files with unreadable='skip'" if form.fit else ""
-    raise DataError(_listed(bad) + advice)
+  if not skip:
+    _refuse(bad, form)
   part_of: dict[str, str] = {}
   for part, images in parts.items():
     for label in np.unique(images.labels).tolist():
@@ -182,7 +220,7 @@ def decoded(
   return parts
 
 
-def read_images(
+def decode_source(
   source: Path, form: Format, part: str = ""
 ) -> tuple[dict[PurePosixPath, np.ndarray], list[str]]:
   """Decodes every image below a folder or in an archive.
@@ -241,7 +279,7 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
       raise DataError(
         f"{empty[0]} has no image: add the images of that class, or remove the folder"
       )
-    found, unreadable = read_images(source, form, part)
+    found, unreadable = decode_source(source, form, part)
     for name in found:
       if len(name.parts) != 2:
         raise DataError(
@@ -265,6 +303,22 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
 def _listed(lines: list[str]) -> str:
   shown = "; ".join(lines[:10])
   return f"{shown}; and {len(lines) - 10} more" if len(lines) > 10 else shown
+
+
+def _check_choice(unreadable: str) -> None:
+  if unreadable not in ("refuse", "skip"):
+    raise ValueError(f"unreadable must be 'refuse' or 'skip', not {unreadable!r}")
+
+
+def _refuse(bad: list[str], form: Format) -> None:
+  if bad:
+    advice = ", or skip such files with unreadable='skip'" if form.fit else ""
+    raise DataError(_listed(bad) + advice)
+
+
+def _warn(bad: list[str]) -> None:
+  if bad:
+    warnings.warn(f"images are skipped: {_listed(bad)}", stacklevel=3)
 
 
 def _save(cache: Path, parts: dict[str, Images]) -> None:

@@ -1,0 +1,139 @@
+"""Own images from folder to predictions: the binaries, as a user would type them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import metajax
+from experiments import adapt, cli, few_shot
+from experiments.recipes import Recipe
+from experiments.settings import values_of
+
+SHORT = {
+  "dataset": "folder", "network": "conv4", "image_size": 9, "image_mode": "L", "filters": 2,
+  "ways": 2, "train_shots": 3, "inner_batch": 3, "inner_steps": 2, "meta_batch": 2,
+  "meta_steps": 2, "eval_shots": (2,), "eval_batch": (3,), "eval_steps": 3, "eval_tasks": 2,
+  "eval_every": 2, "curve_tasks": 2, "curve_splits": ("test",), "execution": "vmap",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """Class folders with dark and bright, gray and colored images of several sizes."""
+  folder = tmp_path_factory.mktemp("pictures")
+  rng = np.random.default_rng(0)
+  for number, name in enumerate("abcdefgh"):
+    (folder / name).mkdir()
+    for i in range(4):
+      pixels = rng.integers(0, 30, (10 + i, 9, 3)) + 28 * number
+      image = Image.fromarray(pixels.astype(np.uint8)).convert("L" if i % 2 else "RGB")
+      image.save(folder / name / f"{i}.png")
+  return folder
+
+
+def train(pictures, out, **changes):
+  recipe = Recipe(**SHORT | {"data_dir": str(pictures), "cache_dir": str(out.parent)} | changes)
+  few_shot.program(cli.Run(out=str(out)), few_shot.Choice(), recipe)()
+  return recipe
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+  out = tmp_path_factory.mktemp("run") / "out"
+  train(pictures, out)
+  return out
+
+
+def test_a_learner_of_own_images(pictures, run, tmp_path, capsys):
+  learned = metajax.load(run / "learner.safetensors")
+  assert learned.recipe.about["data"] == pictures.name
+  for part, count in (("labelled/dark/", "a"), ("labelled/bright/", "h"), ("others/x/", "abgh")):
+    (tmp_path / part).mkdir(parents=True)
+    for name in count:
+      for file in (pictures / name).iterdir():
+        (tmp_path / part / f"{name}{file.name}").write_bytes(file.read_bytes())
+  out = tmp_path / "predictions.csv"
+  flags = [
+    f"--learner={run / 'learner.safetensors'}",
+    f"--labelled={tmp_path / 'labelled'}",
+    f"--unlabelled={tmp_path / 'others'}",
+    f"--out={out}",
+  ]
+  (settings,) = cli.parse(flags, (adapt.Adaptation(),))
+  adapt.program(settings)()
+  assert "adapted to 8 images of 2 classes, predicted 16" in capsys.readouterr().out
+  with out.open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["file"] for row in rows] == [f"x/{name}{i}.png" for name in "abgh" for i in range(4)]
+  labelled, others = (
+    metajax.data.read_images(tmp_path / part, size=9, mode="L") for part in ("labelled", "others")
+  )
+  labels = [name.split("/")[0] for name in labelled.names]
+  expected = learned.adapt(labelled.images, labels)(others.images)
+  assert [row["prediction"] for row in rows] == expected.labels.tolist()
+  found = [[float(row[name]) for name in ("bright", "dark")] for row in rows]
+  np.testing.assert_allclose(found, expected.probabilities, atol=1e-6)
+  with Image.open(tmp_path / "predictions.png") as picture:
+    assert picture.width > 500 and np.asarray(picture).std() > 10
+
+
+def test_the_report_names_the_data(pictures, run, capsys):
+  train(pictures, run)  # complete already: prints its report again
+  assert f"{pictures.name}, 2-way, reptile: accuracy over 2" in capsys.readouterr().out
+  result = json.loads((run / "result.json").read_text())
+  assert set(result["cells"]) == {"2-shot transductive", "2-shot inductive"}
+
+
+REFUSALS = [
+  ({"image_size": None}, "needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"),
+  ({"network": "paper"}, "needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"),
+  ({"network": "resnet12"}, "--filters is of no use with --network=resnet12"),
+  ({"dataset": "omniglot"}, "--image_size is of --dataset=folder: leave it out"),
+  ({"data_dir": None}, "--dataset=folder needs --data_dir"),
+  (
+    {"ways": 3, "eval_shots": (4,), "train_shots": 5},
+    r"pictures0 is too small: a task takes 5 examples .* train class 'c' has 4: lower --train_shots"
+    r", or raise --min_examples; it has 2 test classes: lower --ways=3; a task takes 5 .* test",
+  ),
+  ({"min_examples": 9}, "no class has 9 examples"),
+]
+
+
+@pytest.mark.parametrize(("changes", "pattern"), REFUSALS)
+def test_what_does_not_fit_is_refused(pictures, tmp_path, changes, pattern):
+  with pytest.raises(ValueError, match=pattern):
+    train(pictures, tmp_path / "out", **changes)
+  assert not (tmp_path / "out").exists()
+
+
+ADAPTATIONS = [
+  ({"unlabelled": None}, "give --learner, --labelled and --unlabelled"),
+  ({"out": "x.txt"}, r"--out=x.txt must end in .csv, in a folder that exists"),
+  ({"learner": "omniglot"}, "omniglot is neither a file nor the name of a learner of metajax"),
+  ({"labelled": "{0}/a"}, r"a holds 0.png outside of a class folder: move or remove it"),
+  ({"labelled": "/nowhere"}, "/nowhere is not a folder"),
+  ({}, r"at most 2 classes apart, and labels \(32,\) are of 8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "pattern"), ADAPTATIONS)
+def test_adaptations_that_do_not_fit_are_refused(pictures, run, tmp_path, changes, pattern):
+  sound = {
+    "learner": str(run / "learner.safetensors"),
+    "labelled": str(pictures),
+    "unlabelled": str(pictures),
+    "out": str(tmp_path / "x.csv"),
+  }
+  changes = {k: v and v.format(pictures) for k, v in changes.items()}
+  with pytest.raises(ValueError, match=pattern):
+    adapt.program(adapt.Adaptation(**sound | changes))()
+  assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_other_data_sets_do_not_mention_folders():
+  assert not {"image_size", "image_mode", "min_examples", "unreadable"} & set(
+    values_of(Recipe(), Recipe)
+  )
