@@ -59,6 +59,10 @@ def _load(
 ) -> metajax.data.Splits:
   if dataset == "glyphs":
     return metajax.data.glyphs.load(seed)
+  if dataset in ("cifar_fs", "fc100"):
+    if data_dir is None:
+      raise ValueError(f"--dataset={dataset} needs --data_dir, with cifar-100-binary.tar.gz")
+    return {"cifar_fs": metajax.data.cifar_fs, "fc100": metajax.data.fc100}[dataset](data_dir)
   if dataset == "mini_imagenet":
     return metajax.data.mini_imagenet.load(data_dir, cache_dir=cache_dir)
   return metajax.data.omniglot.load(data_dir, protocol=protocol, seed=seed, cache_dir=cache_dir)

@@ -13,7 +13,8 @@ from experiments.settings import Settings, as_text, in_float32, option
 class Training(Settings):
   """What is trained and how. A run folder belongs to one choice of these."""
 
-  dataset: Literal["glyphs", "omniglot", "mini_imagenet", "folder"] = option("glyphs",
+  dataset: Literal[
+    "glyphs", "omniglot", "mini_imagenet", "cifar_fs", "fc100", "folder"] = option("glyphs",
     "Where the tasks come from. The library draws glyphs itself, so they need no data. folder is "
     "your own images: --data_dir holds a folder for each class.")
   image_size: int | None = option(None,
@@ -67,7 +68,7 @@ class Training(Settings):
     "otherwise each place in the meta-batch has its own.")
   network: Literal["paper", "finn", "conv4", "resnet12"] = option("paper",
     "The paper's network for the data set, or that of Finn et al. (2017). conv4 and resnet12 take "
-    "images of any size, so --dataset=folder needs one of them.")
+    "images of any size; data sets that are not in the paper need one of them.")
   filters: int | None = option(None,
     "Filters of every convolution; by default those of the paper.", at_least=1)
   adapt_norm: bool = option(True,
@@ -140,13 +141,14 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(f"--chunk={self.chunk} must be from 1 to --meta_batch={self.meta_batch}")
 
   def _check_data(self) -> None:
+    any_size = self.network in ("conv4", "resnet12")
+    if self.dataset not in ("glyphs", "omniglot", "mini_imagenet") and not any_size:
+      raise ValueError(f"--dataset={self.dataset} needs --network=conv4 or --network=resnet12")
+    if self.network == "resnet12" and self.filters is not None:
+      raise ValueError("--filters is of no use with --network=resnet12: leave it out")
     if self.dataset == "folder":
-      if self.image_size is None or self.network not in ("conv4", "resnet12"):
-        raise ValueError(
-          "--dataset=folder needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"
-        )
-      if self.network == "resnet12" and self.filters is not None:
-        raise ValueError("--filters is of no use with --network=resnet12: leave it out")
+      if self.image_size is None:
+        raise ValueError("--dataset=folder needs --image_size, such as 28 or 84")
       return
     for name in ("image_size", "image_mode", "min_examples", "unreadable"):
       if getattr(self, name) is not None:
@@ -162,7 +164,8 @@ class Recipe(Training, Judging, Cost):
     """Height, width and channels of the images."""
     if self.image_size is not None:
       return self.image_size, self.image_size, 1 if self.image_mode == "L" else 3
-    return (84, 84, 3) if self.dataset == "mini_imagenet" else (28, 28, 1)
+    sizes = {"mini_imagenet": (84, 84, 3), "cifar_fs": (32, 32, 3), "fc100": (32, 32, 3)}
+    return sizes.get(self.dataset, (28, 28, 1))
 
   def _check_inner_loop(self) -> None:
     if (self.algorithm == "combine") != (self.weights is not None):

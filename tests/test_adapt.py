@@ -88,8 +88,9 @@ def test_the_report_names_the_data(pictures, run, capsys):
 
 
 REFUSALS = [
-  ({"image_size": None}, "needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"),
-  ({"network": "paper"}, "needs --image_size, such as 28 or 84, and --network=conv4 or resnet12"),
+  ({"image_size": None}, "--dataset=folder needs --image_size, such as 28 or 84"),
+  ({"network": "paper"}, "--dataset=folder needs --network=conv4 or --network=resnet12"),
+  ({"dataset": "fc100", "image_size": None, "image_mode": None, "data_dir": None}, "needs --data_"),
   ({"network": "resnet12"}, "--filters is of no use with --network=resnet12"),
   ({"dataset": "omniglot"}, "--image_size is of --dataset=folder: leave it out"),
   ({"data_dir": None}, "--dataset=folder needs --data_dir"),

@@ -108,7 +108,7 @@ FEW_SHOT = [
   ("idle chunk", {"execution": "vmap", "chunk": 1}, "no use with --execution=vmap: leave it out"),
   ("no filters", {"filters": 0}, "--filters=0 must be at least 1"),
   ("ways > classes", {"ways": 6}, "glyphs is too small: it has 5 test classes: lower --ways=6"),
-  ("shots > examples", {"eval_shots": (20,)}, "takes 21 examples .*class 0 has 20: lower --eval_shots or"),
+  ("shots > examples", {"eval_shots": (20,)}, "takes 21 examples .*class 0 has 20: lower --eval"),
   ("MAML through Adam", MAML, "gives NaN .* set --inner_eps_root, say to 1e-8"),
   ("MAML, eps lost", {**MAML, "inner_eps_root": 1e-60}, "gives NaN .* set --inner_eps_root"),
   ("unknown data", {"dataset": "cifar"}, "--dataset=cifar must be one of glyphs, omniglot, mini"),
@@ -199,7 +199,8 @@ LINES = [
   (
     "few_shot",
     "--dataset=cifar",
-    "few_shot: flag --dataset=cifar: value should be one of <glyphs|omniglot|mini_imagenet|folder>",
+    "few_shot: flag --dataset=cifar: value should be one of "
+    "<glyphs|omniglot|mini_imagenet|cifar_fs|fc100|folder>",
   ),
   ("overlap", "--outer_rate=0", "overlap: --outer_rate=0.0 must be positive and finite"),
   (

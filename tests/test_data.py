@@ -15,6 +15,7 @@ from PIL import Image
 import metajax
 from metajax.data import (
   DataError,
+  cifar,
   class_folders,
   few_shot,
   files,
@@ -376,6 +377,136 @@ def test_folders_that_are_divided_already(tmp_path):
   write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
   with pytest.raises(DataError, match="class a is in train and in test"):
     load()
+
+
+# CIFAR-100, from an archive made here
+
+
+@pytest.fixture
+def cifar_archive(tmp_path, monkeypatch):
+  """The official layout with 2 + 1 images of each class; pixels name the class and the image."""
+  monkeypatch.setattr(cifar, "_PARTS", {"train.bin": 2, "test.bin": 1})
+  real = sorted({*cifar._VALIDATION, *cifar._TEST, *(f"other{i:02d}" for i in range(64))})
+  above = sorted({*cifar._VALIDATION_SUPERCLASSES, *cifar._TEST_SUPERCLASSES, *"abcdefghijkl"})
+
+  def records(each, first):
+    found = []
+    for image in range(each):
+      for label in range(100):
+        pixels = np.zeros((3, 32, 32), np.uint8)
+        pixels[0, 0, 1], pixels[1], pixels[2, 5, 7] = label, first + image, 9
+        found.append(bytes([label // 5, label]) + pixels.tobytes())
+    return b"".join(found)
+
+  contents = {
+    "train.bin": records(2, 0),
+    "test.bin": records(1, 2),
+    "fine_label_names.txt": "\n".join(real).encode() + b"\n",
+    "coarse_label_names.txt": "\n".join(above).encode() + b"\n",
+  }
+
+  def write(**changes):
+    inside = {f"cifar-100-binary/{name}": c for name, c in (contents | changes).items()}
+    write_tar(tmp_path / "cifar-100-binary.tar.gz", inside)
+    return tmp_path
+
+  return write, real, above
+
+
+def test_cifar_fs_and_fc100(cifar_archive):
+  write, real, above = cifar_archive
+  folder = write()
+  splits = metajax.data.cifar_fs(folder)
+  assert [len(part.sizes) for part in splits] == [64, 16, 20]
+  assert set(splits.validation.names) == set(cifar._VALIDATION)
+  assert set(splits.test.names) == set(cifar._TEST)
+  images = np.asarray(splits.test.inputs)
+  assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
+  for name, start in zip(splits.test.names, splits.test.starts, strict=True):
+    assert images[start : start + 3, 0, 1, 0].tolist() == [real.index(name)] * 3
+    assert images[start : start + 3, 9, 9, 1].tolist() == [0, 1, 2]
+    assert images[start, 5, 7, 2] == 9
+  splits = metajax.data.fc100(folder)
+  assert [len(part.sizes) for part in splits] == [60, 20, 20]
+  expected = {
+    real[5 * above.index(name) + i] for name in cifar._TEST_SUPERCLASSES for i in range(5)
+  }
+  assert set(splits.test.names) == expected
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"test.bin": b"short"},
+    {"fine_label_names.txt": b""},
+    {"coarse_label_names.txt": b"one\n"},
+    {"train.bin": bytes(200 * 3074)},
+  ],
+)
+def test_an_incomplete_cifar_archive_is_refused(cifar_archive, changes):
+  with pytest.raises(DataError, match=r"lacks .* download https"):
+    metajax.data.fc100(cifar_archive[0](**changes))
+
+
+def test_cifar_lists_agree_with_the_published_ones(shared):
+  folder = shared("data/splits/cifar_fs")
+  assert sorted((folder / "val.txt").read_text().split()) == sorted(cifar._VALIDATION)
+  assert sorted((folder / "test.txt").read_text().split()) == sorted(cifar._TEST)
+  with pytest.raises(DataError, match=r"has no cifar-100-binary.tar.gz: download https"):
+    metajax.data.cifar_fs(folder)
+
+
+# Hubs
+
+
+def test_from_tfds(tmp_path):
+  tfds = pytest.importorskip("tensorflow_datasets")
+
+  class Small(tfds.core.GeneratorBasedBuilder):
+    """Gray images of four classes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Tensor(shape=(5, 6, 1), dtype=np.uint8),
+        "label": tfds.features.ClassLabel(names=["ant", "bee", "cow", "dog"]),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, _):
+      return {"train": self._generate_examples(0, 8), "test": self._generate_examples(8, 12)}
+
+    def _generate_examples(self, start, stop):
+      for i in range(start, stop):
+        yield i, {"image": np.full((5, 6, 1), 10 * (i % 4), np.uint8), "label": i % 4}
+
+  builder = Small(data_dir=tmp_path, file_format="array_record")
+  splits = metajax.data.from_tfds(builder, size=3, mode="L", validation=1, test=1, seed=2)
+  assert [len(part.sizes) for part in splits] == [2, 1, 1]
+  for part in splits:
+    assert part.inputs.shape[1:] == (3, 3, 1)
+    for name, start in zip(part.names, part.starts, strict=True):
+      found = np.asarray(part.inputs[start : start + 3])
+      assert np.all(found == 10 * ["ant", "bee", "cow", "dog"].index(name))
+
+
+def test_from_huggingface():
+  datasets = pytest.importorskip("datasets", reason="the huggingface extra is not installed")
+  images = [Image.new("RGB", (6, 5), (10 * (i % 3), 0, 0)) for i in range(9)]
+  features = datasets.Features(
+    {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b", "c"])}
+  )
+  columns = {"picture": images, "kind": [i % 3 for i in range(9)]}
+  found = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)})
+  options = {"size": (4, 3), "validation": 0, "test": 1, "image": "picture"}
+  splits = metajax.data.from_huggingface(found, **options, label="kind")
+  assert sorted((*splits.train.names, *splits.test.names)) == ["a", "b", "c"]
+  for part in (splits.train, splits.test):
+    for name, start in zip(part.names, part.starts, strict=True):
+      assert np.all(np.asarray(part.inputs[start : start + 3])[..., 0] == 10 * "abc".index(name))
+  with pytest.raises(DataError, match="has columns picture, kind, not picture and label: name"):
+    metajax.data.from_huggingface(found, **options)
 
 
 @pytest.mark.parametrize("opener", ["tarfile.open", "zipfile.ZipFile"])

@@ -79,12 +79,15 @@ def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
   return digest.hexdigest()[:16]
 
 
-def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
+def read_archive(
+  path: Path, suffixes: tuple[str, ...], *, largest: int = _MAX_FILE_BYTES
+) -> Iterator[tuple[PurePosixPath, bytes]]:
   """Yields the files of a zip or tar archive that have one of the suffixes, in archive order.
 
   Args:
     path: a `.zip`, a `.tar`, or a `.tar.gz`.
     suffixes: lower case, such as `(".png",)`; hidden files are skipped.
+    largest: the size in bytes that a file may have when unpacked.
 
   Yields:
     The name inside the archive and the content. Reading verifies the archive's checksums.
@@ -107,11 +110,9 @@ def read_archive(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePo
       hidden = any(part.startswith((".", "__")) for part in inside.parts)
       if hidden or inside.suffix.lower() not in suffixes:
         continue
-      content = file.read(_MAX_FILE_BYTES + 1)
-      if len(content) > _MAX_FILE_BYTES:
-        raise DataError(
-          f"{path} holds {name}, over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image"
-        )
+      content = file.read(largest + 1)
+      if len(content) > largest:
+        raise DataError(f"{path} holds {name}, over {largest >> 20} MiB: that is no few-shot data")
       yield inside, content
   except DataError:
     raise

@@ -1,0 +1,135 @@
+"""Images from the data sets of TensorFlow Datasets and of Hugging Face, divided by class."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from metajax.data.class_folders import Mode, format_of
+from metajax.data.few_shot import Splits, from_arrays, split
+from metajax.data.files import DataError, fit_image
+
+
+def from_tfds(
+  name: Any,
+  *,
+  size: int | tuple[int, int],
+  mode: Mode = "RGB",
+  validation: int | float = 0.16,
+  test: int | float = 0.2,
+  seed: int = 0,
+  min_examples: int = 1,
+  data_dir: str | os.PathLike | None = None,
+) -> Splits:
+  """Reads a data set of TensorFlow Datasets with features `image` and `label`.
+
+  The images of all its splits are put together, and then its classes are divided. It is downloaded
+  and prepared when it is first used; TensorFlow itself may be needed for that.
+
+  Args:
+    name: such as `"cifar100"`, or a builder.
+    size: height and width in pixels, or one number for both; see `from_folder`.
+    mode: `"RGB"`, or `"L"` for gray.
+    validation: the number or the fraction of validation classes.
+    test: the number or the fraction of test classes.
+    seed: determines which classes are for what.
+    min_examples: classes with fewer images are left out, with a warning that names them.
+    data_dir: where TensorFlow Datasets keeps its data; by default its own choice.
+
+  Returns:
+    Splits with inputs uint8 `[m, height, width, channels]`.
+
+  Raises:
+    DataError: if the data set has no images with labels.
+  """
+  import tensorflow_datasets as tfds
+
+  builder = name
+  if isinstance(name, str):
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  features = builder.info.features
+  if not {"image", "label"} <= set(features):
+    raise DataError(f"{builder.name} has features {', '.join(features)}, not image and label")
+  builder.download_and_prepare()
+  records = (record for part in builder.as_data_source().values() for record in part)
+  pairs = ((record["image"], int(record["label"])) for record in records)
+  names = getattr(features["label"], "names", None)
+  return _splits(pairs, names, size, mode, min_examples, validation, test, seed)
+
+
+def from_huggingface(
+  name: Any,
+  *,
+  size: int | tuple[int, int],
+  mode: Mode = "RGB",
+  image: str = "image",
+  label: str = "label",
+  validation: int | float = 0.16,
+  test: int | float = 0.2,
+  seed: int = 0,
+  min_examples: int = 1,
+) -> Splits:
+  """Reads a data set of images with labels by the library `datasets` of Hugging Face.
+
+  The images of all its splits are put together, and then its classes are divided. The library is
+  an extra: `pip install 'metajax[huggingface]'`.
+
+  Args:
+    name: on the Hugging Face hub, such as `"uoft-cs/cifar100"`, or what `datasets.load_dataset` or
+      `datasets.load_from_disk` returned.
+    size: height and width in pixels, or one number for both; see `from_folder`.
+    mode: `"RGB"`, or `"L"` for gray.
+    image: the column of the images.
+    label: the column of the labels.
+    validation: the number or the fraction of validation classes.
+    test: the number or the fraction of test classes.
+    seed: determines which classes are for what.
+    min_examples: classes with fewer images are left out, with a warning that names them.
+
+  Returns:
+    Splits with inputs uint8 `[m, height, width, channels]`.
+
+  Raises:
+    DataError: if there are no such columns.
+  """
+  import datasets
+
+  found = datasets.load_dataset(name) if isinstance(name, str) else name
+  parts = list(found.values()) if isinstance(found, dict) else [found]
+  for part in parts:
+    if not {image, label} <= set(part.column_names):
+      columns = ", ".join(part.column_names)
+      raise DataError(f"the data set has columns {columns}, not {image} and {label}: name yours")
+  pairs = ((record[image], record[label]) for part in parts for record in part)
+  names = getattr(parts[0].features[label], "names", None)
+  return _splits(pairs, names, size, mode, min_examples, validation, test, seed)
+
+
+def _splits(
+  pairs: Iterable[tuple[Any, Any]],
+  names: list[str] | None,
+  size: int | tuple[int, int],
+  mode: Mode,
+  min_examples: int,
+  validation: int | float,
+  test: int | float,
+  seed: int,
+) -> Splits:
+  """Splits of images, arrays or Pillow's, and labels, which are numbers of names or themselves."""
+  form = format_of(size, mode)
+  labels: list[Any] = []
+
+  def fitted() -> Iterator[np.ndarray]:
+    for image, label in pairs:
+      labels.append(label if names is None else names[label])
+      if not isinstance(image, Image.Image):
+        image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+      yield np.asarray(fit_image(image, (form.width, form.height), mode)).reshape(form.shape)
+
+  images = list(fitted())
+  if not images:
+    raise DataError("the data set has no image")
+  classes = from_arrays(np.stack(images), labels, min_examples=min_examples)
+  return split(classes, validation=validation, test=test, seed=seed)
