@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALLER = {
   "metajax.models.omniglot(ways=5)": "metajax.models.omniglot(ways=5, filters=32)",
@@ -27,3 +29,5 @@ def test_the_examples_run(tmp_path, monkeypatch):
   assert last[-5:].mean() < 0.8 * first[-5:].mean()  # inner loops learn
   assert int(namespace["found"].state.step) in (100, 200)
   assert len(namespace["accuracies"]) == 600 and 0.5 < namespace["mean"] <= 1.0
+  expected = np.repeat(["ash", "elm", "fir", "oak", "yew"], 19)
+  assert np.mean(namespace["predictions"].labels == expected) > 0.5
