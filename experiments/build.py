@@ -170,7 +170,7 @@ def _model(recipe: Recipe) -> metajax.Model:
       metajax.models.conv4 if recipe.network == "conv4" else metajax.models.resnet12
     )
     return of_size(size, recipe.ways, channels=channels, method=recipe.convolution, **options)
-  network = {
+  network: Callable[..., metajax.Model] = {
     ("paper", False): metajax.models.omniglot,
     ("paper", True): metajax.models.mini_imagenet,
     ("finn", False): metajax.models.finn_omniglot,
@@ -189,7 +189,7 @@ def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient
     inner = metajax.carried(inner)
   if recipe.weights is not None:
     return metajax.combine(loss, inner, recipe.weights, of_updates=True)
-  estimators = {
+  estimators: dict[str, Callable[..., metajax.MetaGradient]] = {
     "reptile": metajax.reptile,
     "joint": metajax.reptile,
     "fomaml": metajax.fomaml,

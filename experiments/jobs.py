@@ -56,6 +56,7 @@ def train(
     line: Line = {"step": record.step, "seconds": round(record.seconds, 3)}
     if record.losses:
       line["losses"] = record.losses
+      line |= record.metrics
     line |= evaluate(record.state)
     folder.append(line)
     tqdm.write(f"{label}: {summary(line)}")

@@ -3,7 +3,9 @@
 Of traced values they read shapes and dtypes only, so that they cost nothing in a compiled program.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
 import chex
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.types import Examples, LossFn, Params, Task, num_examples
+from metajax.types import Examples, LossFn, Params, PRNGKey, Task, num_examples
 
 
 def at_least_one(**numbers: int) -> None:
@@ -102,29 +104,67 @@ def floating_point(params: Params) -> None:
       )
 
 
-def scalar(loss_fn: LossFn) -> LossFn:
-  """Returns the same loss with checks of the minibatch and of the value.
+def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """Returns the same loss with checks, in the form `(params, batch, key=None) -> (loss, metrics)`.
 
   Raises:
-    ValueError: when called, if there is no example, or the loss is not one floating-point number.
+    ValueError: when called, if there is no example, a key is missing, the loss is not one
+      floating-point number, or the metrics are not a dict of real arrays.
   """
+  asks = asks_for_key(loss_fn)
 
-  def checked(params: Params, batch: Examples) -> jax.Array:
+  def checked(
+    params: Params, batch: Examples, key: PRNGKey | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     if num_examples(batch) == 0:
       raise ValueError("a minibatch has no example: raise the batch size or the shots")
-    loss = loss_fn(params, batch)
+    if asks == "always" and key is None:
+      raise ValueError(
+        "the loss asks for a key, and the episode has none: make episodes with shared_tail or "
+        "separate_tail, or give yours a key"
+      )
+    found = loss_fn(params, batch, key) if asks and key is not None else loss_fn(params, batch)
+    loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
     types = [jax.typeof(leaf) for leaf in jax.tree.leaves(loss)]
     if not jax.tree_util.all_leaves([loss]) or not (
       types[0].shape == () and jnp.issubdtype(types[0].dtype, jnp.floating)
     ):
-      found = ", ".join(map(str, types)) or "nothing"
+      shown = ", ".join(map(str, types)) or "nothing"
       raise ValueError(
-        f"the loss must be one floating-point number, not {found}: return the sum or the mean over "
-        "the minibatch, and nothing else"
+        f"the loss must be one floating-point number, not {shown}: return the sum or the mean over "
+        "the minibatch, and if you like, beside it, a dict of metrics"
       )
-    return loss
+    return loss, _metrics(metrics)
 
   return checked
+
+
+def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
+  """Whether the third parameter of a loss is a key, and whether it can do without."""
+  try:
+    parameters = list(inspect.signature(loss_fn).parameters.values())
+  except (TypeError, ValueError):  # of some built-in functions
+    return ""
+  if len(parameters) < 3 or parameters[2].name != "key":
+    return ""
+  return "always" if parameters[2].default is inspect.Parameter.empty else "if there is one"
+
+
+def _metrics(metrics: Any) -> dict[str, jax.Array]:
+  if (
+    not isinstance(metrics, dict)
+    or "losses" in metrics
+    or not all(
+      jax.tree_util.all_leaves([leaf]) and not jnp.iscomplexobj(leaf) for leaf in metrics.values()
+    )
+  ):
+    raise ValueError(
+      "beside its value, a loss may return a dict of real arrays by name, which is not 'losses', "
+      f"not {metrics!r:.80}"
+    )
+  return {
+    name: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)) for name, leaf in metrics.items()
+  }
 
 
 def finite_vector(weights: Any) -> jax.Array | np.ndarray:

@@ -79,7 +79,7 @@ def shared_tail(schedule: Schedule) -> MakeEpisode:
   def make_episode(key: PRNGKey, task: Task) -> Episode:
     checks.is_task(task)
     rows = schedule(key, num_examples(task.train))
-    return Episode(task.train, rows[:-1], take(task.train, rows[-1]))
+    return Episode(task.train, rows[:-1], take(task.train, rows[-1]), loss_key(key))
 
   return make_episode
 
@@ -110,6 +110,14 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
       raise ValueError(
         "a separate tail is the task's test examples, and it has none: raise test_shots"
       )
-    return Episode(task.train, rows[:-1], task.test)
+    return Episode(task.train, rows[:-1], task.test, loss_key(key))
 
   return make_episode
+
+
+def loss_key(key: PRNGKey) -> PRNGKey:
+  """The key for losses that draw random numbers, from the one that minibatches are drawn with.
+
+  With `fold_in`, it is independent of the keys that a schedule splits from the same key.
+  """
+  return jax.random.fold_in(key, 0x6C6F7373)

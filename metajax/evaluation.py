@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from metajax import checks
 from metajax.devices import task_mesh
-from metajax.episodes import Schedule
+from metajax.episodes import Schedule, loss_key
 from metajax.meta import MetaLearner, MetaState
 from metajax.programs import compiled, on_mesh
 from metajax.spread import map_tasks
@@ -80,7 +80,7 @@ def evaluate(learner: MetaLearner, schedule: Schedule, predict: Predict) -> Eval
 
   def evaluate_task(state: MetaState, key: PRNGKey, task: Task) -> Any:
     rows = schedule(key, num_examples(task.train))
-    return predict(learner.adapt(state, task.train, rows), task)
+    return predict(learner.adapt(state, task.train, rows, loss_key(key)), task)
 
   return evaluate_task
 

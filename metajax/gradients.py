@@ -11,6 +11,7 @@ import optax
 
 from metajax import checks
 from metajax.inner import (
+  Info,
   LearnerState,
   all_finite,
   begin_task,
@@ -19,15 +20,18 @@ from metajax.inner import (
   initial_state,
   inner_step,
   inner_update,
+  step_keys,
 )
-from metajax.types import Episode, Examples, InnerState, LossFn, Params, num_steps, take
-
-
-class Info(NamedTuple):
-  """What may be logged about an episode."""
-
-  losses: jax.Array  # L_i(phi_i), [k]
-  skipped: jax.Array | None = None  # the fraction of tasks that `skip_nonfinite` skipped
+from metajax.types import (
+  Episode,
+  Examples,
+  InnerState,
+  LossFn,
+  Params,
+  PRNGKey,
+  num_steps,
+  take,
+)
 
 
 class MetaGradient(NamedTuple):
@@ -38,8 +42,9 @@ class MetaGradient(NamedTuple):
       the inner optimizer is `carried`.
     estimate: `(params, inner_state, episode) -> (gradient, inner_state, Info)`. The gradient has
       the structure of the parameters and is meant for any optax optimizer, which subtracts it.
-    adapt: `(params, inner_state, examples, schedule) -> params`, how this algorithm adapts to a
-      new task: one inner step for each row of the schedule (int32 `[k, b]`).
+    adapt: `(params, inner_state, examples, schedule, key) -> params`, how this algorithm adapts to
+      a new task: one inner step for each row of the schedule (int32 `[k, b]`). The key is for a
+      loss that draws random numbers, else None.
 
   `init` raises a ValueError if a parameter is not floating point. `estimate` and `adapt` raise one
   if the inner state, the episode or the value of the loss does not have the shape it should have.
@@ -47,7 +52,7 @@ class MetaGradient(NamedTuple):
 
   init: Callable[[Params], InnerState]
   estimate: Callable[[Params, InnerState, Episode], tuple[Params, InnerState, Info]]
-  adapt: Callable[[Params, InnerState, Examples, jax.Array], Params]
+  adapt: Callable[[Params, InnerState, Examples, jax.Array, PRNGKey | None], Params]
 
 
 def reptile(
@@ -60,7 +65,7 @@ def reptile(
   alpha and `stepsize=alpha`, the estimate is g_1 + ... + g_k.
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
     stepsize: the number that the displacement is divided by.
 
@@ -74,34 +79,39 @@ def reptile(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     start = begin_task(optimizer, params, inner_state)
-    learner, losses = inner_update(loss_fn, optimizer, start, episode.pool, episode.schedule)
-    learner, last = inner_step(loss_fn, optimizer, learner, episode.tail)
+    learner, info = _until_tail(loss_fn, optimizer, start, episode)
+    learner, last = inner_step(loss_fn, optimizer, learner, episode.tail, _tail_key(episode))
     gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
-    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last.loss))
+    return gradient, end_task(optimizer, learner), _appended(info, last.loss, last.metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
   )
 
 
-def fomaml(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> MetaGradient:
+def fomaml(
+  loss_fn: LossFn, optimizer: optax.GradientTransformation, *, outer_loss: LossFn | None = None
+) -> MetaGradient:
   """First-order MAML: g_k = L_k'(U^{k-1}(phi)), Equation 4 with the Jacobian U' taken as I.
 
   Nothing is differentiated through the inner steps. L_k is the outer loss and does not pass
   through the inner optimizer. If that one is `carried`, its state after `k - 1` steps is handed on.
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
+    outer_loss: L_k, if it is another function than the loss of the inner steps.
   """
+  last_loss = checks.loss(outer_loss or loss_fn)
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     start = begin_task(optimizer, params, inner_state)
-    learner, losses = inner_update(loss_fn, optimizer, start, episode.pool, episode.schedule)
-    last, gradient = jax.value_and_grad(checks.scalar(loss_fn))(learner.params, episode.tail)
-    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last))
+    learner, info = _until_tail(loss_fn, optimizer, start, episode)
+    of_tail = jax.value_and_grad(last_loss, has_aux=True)
+    (last, metrics), gradient = of_tail(learner.params, episode.tail, _tail_key(episode))
+    return gradient, end_task(optimizer, learner), _appended(info, last, metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
@@ -112,6 +122,7 @@ def maml(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   *,
+  outer_loss: LossFn | None = None,
   remat: bool = False,
   mixed_mode: bool = True,
 ) -> MetaGradient:
@@ -122,8 +133,9 @@ def maml(
   held constant; its state after `k - 1` steps is handed on, as for `fomaml`.
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
+    outer_loss: L_k, if it is another function than the loss of the inner steps.
     remat: recompute each inner step in the backward pass, which takes less memory and more time.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
       keeps no tape of the inner gradients, so it takes less memory and no more time. If the
@@ -136,6 +148,7 @@ def maml(
   """
 
   inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn
+  last_loss = checks.loss(outer_loss or loss_fn)
 
   def init(params: Params) -> InnerState:
     state = initial_state(optimizer, params)
@@ -145,20 +158,14 @@ def maml(
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
-      learner, losses = inner_update(
-        inner_loss,
-        optimizer,
-        begin_task(optimizer, params, inner_state),
-        episode.pool,
-        episode.schedule,
-        remat=remat,
-      )
-      last = checks.scalar(loss_fn)(learner.params, episode.tail)
-      return last, (end_task(optimizer, learner), jnp.append(losses, last))
+    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, Info]]:
+      start = begin_task(optimizer, params, inner_state)
+      learner, info = _until_tail(inner_loss, optimizer, start, episode, remat=remat)
+      last, metrics = last_loss(learner.params, episode.tail, _tail_key(episode))
+      return last, (end_task(optimizer, learner), _appended(info, last, metrics))
 
-    gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
-    return gradient, inner_state, Info(losses)
+    gradient, (inner_state, info) = jax.grad(objective, has_aux=True)(params)
+    return gradient, inner_state, info
 
   return MetaGradient(init, estimate, partial(_adapt, loss_fn, optimizer))
 
@@ -177,7 +184,7 @@ def combine(
   steps instead of k - 1.
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
     weights: `[k]`.
     of_updates: combine the optimizer's updates, as phi_i - phi_{i+1}, in place of the gradients
@@ -196,22 +203,27 @@ def combine(
       raise ValueError(f"{coefficients.size} weights for an episode of k = {k} losses: give {k}")
 
     def advance(
-      carry: tuple[LearnerState, Params], weight: jax.Array, batch: Examples
-    ) -> tuple[tuple[LearnerState, Params], jax.Array]:
+      carry: tuple[LearnerState, Params],
+      weight: jax.Array,
+      batch: Examples,
+      key: PRNGKey | None,
+    ) -> tuple[tuple[LearnerState, Params], Info]:
       learner, total = carry
-      learner, step = inner_step(loss_fn, optimizer, learner, batch)
+      learner, step = inner_step(loss_fn, optimizer, learner, batch, key)
       terms = jax.tree.map(jnp.negative, step.update) if of_updates else step.grads
       total = jax.tree.map(lambda t, term: t + (weight * term).astype(t.dtype), total, terms)
-      return (learner, total), step.loss
+      return (learner, total), Info(step.loss, step.metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    carry, losses = jax.lax.scan(
-      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1])),
+    carry, info = jax.lax.scan(
+      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1]), turn[2]),
       (begin_task(optimizer, params, inner_state), zeros),
-      (jnp.asarray(coefficients[:-1]), episode.schedule),
+      (jnp.asarray(coefficients[:-1]), episode.schedule, step_keys(episode.key, k - 1)),
     )
-    (learner, gradient), last = advance(carry, jnp.asarray(coefficients[-1]), episode.tail)
-    return gradient, end_task(optimizer, learner), Info(jnp.append(losses, last))
+    (learner, gradient), last = advance(
+      carry, jnp.asarray(coefficients[-1]), episode.tail, _tail_key(episode)
+    )
+    return gradient, end_task(optimizer, learner), _appended(info, last.losses, last.metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
@@ -229,14 +241,42 @@ def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
-    finite = all_finite((gradient, after, info.losses))
+    finite = all_finite((gradient, after, info))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    losses = keep(info.losses, zeros(info.losses))
-    info = Info(losses, 1.0 - finite.astype(losses.dtype))
+    info = keep(info, zeros(info))._replace(skipped=1.0 - finite.astype(info.losses.dtype))
     return keep(gradient, zeros(gradient)), keep(after, inner_state), info
 
   return meta_gradient._replace(estimate=estimate)
+
+
+def _until_tail(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  start: LearnerState,
+  episode: Episode,
+  **options: bool,
+) -> tuple[LearnerState, Info]:
+  """The first k - 1 inner steps of an episode."""
+  pool, schedule, _, key = episode
+  return inner_update(loss_fn, optimizer, start, pool, schedule, key, **options)
+
+
+def _tail_key(episode: Episode) -> PRNGKey | None:
+  """The key of L_k, the next after those of the other losses."""
+  if episode.key is None:
+    return None
+  return jax.random.fold_in(episode.key, num_steps(episode.schedule))
+
+
+def _appended(info: Info, loss: jax.Array, metrics: dict[str, jax.Array] | None) -> Info:
+  """The Info of all k losses. A metric that only some of them return has fewer entries."""
+  parts = [info.metrics or {}, jax.tree.map(lambda leaf: leaf[None], metrics or {})]
+  together = {
+    name: jnp.concatenate([part[name] for part in parts if name in part])
+    for name in {**parts[0], **parts[1]}
+  }
+  return Info(jnp.append(info.losses, loss), together)
 
 
 def _adapt(
@@ -246,8 +286,9 @@ def _adapt(
   inner_state: InnerState,
   examples: Examples,
   schedule: jax.Array,
+  key: PRNGKey | None = None,
 ) -> Params:
   """Plain inner steps, with which all algorithms of this module adapt to a new task."""
   start = begin_task(optimizer, params, inner_state)
-  learner, _ = inner_update(loss_fn, optimizer, start, examples, schedule)
+  learner, _ = inner_update(loss_fn, optimizer, start, examples, schedule, key)
   return learner.params

@@ -13,6 +13,7 @@ from metajax.types import (
   InnerState,
   LossFn,
   Params,
+  PRNGKey,
   num_steps,
   take,
 )
@@ -31,6 +32,21 @@ class Step(NamedTuple):
   loss: jax.Array  # L_i(phi_i), a scalar
   grads: Params  # g_i = L_i'(phi_i)
   update: Params  # phi_{i+1} - phi_i
+  metrics: dict[str, jax.Array]  # what the loss returned beside its value
+
+
+class Info(NamedTuple):
+  """What may be logged about the losses of a task.
+
+  Attributes:
+    losses: L_i(phi_i), `[k]`.
+    metrics: what the losses returned beside their values, by name, `[k, ...]`; or None.
+    skipped: the fraction of tasks that `skip_nonfinite` skipped, or None.
+  """
+
+  losses: jax.Array
+  metrics: dict[str, jax.Array] | None = None
+  skipped: jax.Array | None = None
 
 
 class Carried(optax.GradientTransformationExtraArgs):
@@ -111,16 +127,19 @@ def inner_step(
   optimizer: optax.GradientTransformation,
   learner: LearnerState,
   batch: Examples,
+  key: PRNGKey | None = None,
 ) -> tuple[LearnerState, Step]:
   """One step phi_{i+1} = U_i(phi_i); for SGD phi_i - alpha L_i'(phi_i) (Equation 10).
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: `(params, batch) -> scalar`, or a scalar and a dict of metrics. If its third parameter
+      is named `key`, it is given the key.
     optimizer: any optax transformation; its update is added to the parameters. If it asks for more
       than the gradient, it is given the loss (`value`), its gradient (`grad`) and the loss as a
       function of the parameters (`value_fn`).
     learner: phi_i and the optimizer's state.
     batch: the minibatch of L_i, `[b, ...]`.
+    key: for a loss that draws random numbers.
 
   Returns:
     The learner after the step, and the `Step`.
@@ -131,18 +150,18 @@ def inner_step(
   """
   checks.floating_point(learner.params)
   checks.state_of("inner", jax.eval_shape(optimizer.init, learner.params), learner.opt_state)
-  loss_fn = checks.scalar(loss_fn)
-  loss, grads = jax.value_and_grad(loss_fn)(learner.params, batch)
+  loss_fn = checks.loss(loss_fn)
+  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learner.params, batch, key)
   update, opt_state = optax.with_extra_args_support(optimizer).update(
     grads,
     learner.opt_state,
     learner.params,
     value=loss,
     grad=grads,
-    value_fn=lambda params: loss_fn(params, batch),
+    value_fn=lambda params: loss_fn(params, batch, key)[0],
   )
   params = optax.apply_updates(learner.params, update)
-  return LearnerState(params, opt_state), Step(loss, grads, update)
+  return LearnerState(params, opt_state), Step(loss, grads, update, metrics)
 
 
 def inner_update(
@@ -151,33 +170,46 @@ def inner_update(
   learner: LearnerState,
   pool: Examples,
   schedule: jax.Array,
+  key: PRNGKey | None = None,
   *,
   remat: bool = False,
-) -> tuple[LearnerState, jax.Array]:
+) -> tuple[LearnerState, Info]:
   """U^k(phi): one step for each row of the schedule, as a single scan (Equation 1).
 
   Args:
-    loss_fn: `(params, batch) -> scalar`.
+    loss_fn: as for `inner_step`.
     optimizer: any optax transformation.
     learner: phi and the optimizer's state at the start.
     pool: the task's examples `[n, ...]`.
     schedule: int32 `[k, b]`, the rows of the pool that each step sees.
+    key: for a loss that draws random numbers; step i is given `fold_in(key, i)`, counted from 0.
     remat: recompute the activations of a step when differentiating through it, instead of keeping
       them in memory.
 
   Returns:
-    The learner after `k` steps, and the losses L_i(phi_i), `[k]`.
+    The learner after `k` steps, and the `Info` of its losses.
 
   Raises:
     ValueError: as `inner_step`, or if the schedule is not rows `[k, b]`.
   """
 
-  def body(learner: LearnerState, rows: jax.Array) -> tuple[LearnerState, jax.Array]:
-    learner, step = inner_step(loss_fn, optimizer, learner, take(pool, rows))
-    return learner, step.loss
+  def body(
+    learner: LearnerState, turn: tuple[jax.Array, PRNGKey | None]
+  ) -> tuple[LearnerState, Info]:
+    rows, key = turn
+    learner, step = inner_step(loss_fn, optimizer, learner, take(pool, rows), key)
+    return learner, Info(step.loss, step.metrics)
 
-  step = jax.checkpoint(body) if remat else body
-  return jax.lax.scan(step, learner, schedule, length=num_steps(schedule))
+  step, k = jax.checkpoint(body) if remat else body, num_steps(schedule)
+  key = key if checks.asks_for_key(loss_fn) else None
+  return jax.lax.scan(step, learner, (schedule, step_keys(key, k)), length=k)
+
+
+def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+  """The keys of the first steps, `[num_steps]`: `fold_in(key, i)`, or None without a key."""
+  if key is None:
+    return None
+  return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_steps))
 
 
 def forward_over_reverse(loss_fn: LossFn) -> LossFn:
@@ -188,36 +220,39 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   derivative of L' in the direction v, a product needs only phi and the minibatch, and recomputes
   the activations. The results agree up to rounding.
 
-  Only derivatives with respect to the parameters are defined.
+  Only derivatives of the value, with respect to the parameters, are defined; metrics have none.
   """
-  loss_fn = checks.scalar(loss_fn)
-  grad = jax.grad(loss_fn)
+  asks_for_key, loss_fn = checks.asks_for_key(loss_fn), checks.loss(loss_fn)
+  differentiated = jax.value_and_grad(loss_fn, has_aux=True)
 
   @jax.custom_vjp
-  def value_and_grad(params: Params, batch: Examples) -> tuple[jax.Array, Params]:
-    return jax.value_and_grad(loss_fn)(params, batch)
+  def value_and_grad(params: Params, arguments: Any) -> tuple[Any, Params]:
+    return differentiated(params, *arguments)
 
-  def keep_arguments(params: Params, batch: Examples) -> Any:
-    return value_and_grad(params, batch), (params, batch)
+  def keep_arguments(params: Params, arguments: Any) -> Any:
+    return value_and_grad(params, arguments), (params, arguments)
 
-  def hessian_vector(arguments: Any, cotangents: Any) -> tuple[Params, None]:
-    (params, batch), (of_value, direction) = arguments, cotangents
+  def hessian_vector(kept: Any, cotangents: Any) -> tuple[Params, None]:
+    (params, arguments), ((of_value, _), direction) = kept, cotangents
     params = jax.tree.map(_out_of_the_stack, params)
-    grads, product = jax.jvp(lambda params: grad(params, batch), (params,), (direction,))
+    grad = lambda params: differentiated(params, *arguments)[1]
+    grads, product = jax.jvp(grad, (params,), (direction,))
     # The value matters only to optimizers that use it, such as optax.polyak_sgd.
     return jax.tree.map(lambda p, g: p + of_value * g, product, grads), None
 
   value_and_grad.defvjp(keep_arguments, hessian_vector)
 
   @jax.custom_vjp
-  def loss(params: Params, batch: Examples) -> jax.Array:
-    return loss_fn(params, batch)
+  def loss(params: Params, arguments: Any) -> Any:
+    return loss_fn(params, *arguments)
 
-  def scale(grads: Params, cotangent: jax.Array) -> tuple[Params, None]:
-    return jax.tree.map(lambda g: cotangent * g, grads), None
+  def scale(grads: Params, cotangents: Any) -> tuple[Params, None]:
+    return jax.tree.map(lambda g: cotangents[0] * g, grads), None
 
   loss.defvjp(value_and_grad, scale)
-  return loss
+  if asks_for_key:
+    return lambda params, batch, key=None: loss(params, (batch, key))
+  return lambda params, batch: loss(params, (batch, None))
 
 
 def _out_of_the_stack(leaf: jax.Array) -> jax.Array:

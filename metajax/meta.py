@@ -36,14 +36,15 @@ class MetaLearner(NamedTuple):
   Attributes:
     init: `params -> MetaState`.
     step: `(MetaState, episodes) -> (MetaState, Info)`, one meta-step on episodes `[T, ...]`.
-    adapt: `(MetaState, examples, schedule) -> params`, adapts a copy of the parameters to one task
-      by an inner step for each row of the schedule (int32 `[k, b]`); the state stays as it was.
+    adapt: `(MetaState, examples, schedule, key=None) -> params`, adapts a copy of the parameters to
+      one task by an inner step for each row of the schedule (int32 `[k, b]`); the state stays as it
+      was. The key is for a loss that draws random numbers.
     execution: how the tasks of a meta-step are sampled and run.
   """
 
   init: Callable[[Params], MetaState]
   step: Callable[[MetaState, Episode], tuple[MetaState, Info]]
-  adapt: Callable[[MetaState, Examples, jax.Array], Params]
+  adapt: Callable[..., Params]
   execution: Execution
 
 
@@ -75,8 +76,11 @@ def meta_learner(
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info
 
-  def adapt(state: MetaState, examples: Examples, schedule: jax.Array) -> Params:
-    return meta_gradient.adapt(state.params, execution.one(state.inner), examples, schedule)
+  def adapt(
+    state: MetaState, examples: Examples, schedule: jax.Array, key: PRNGKey | None = None
+  ) -> Params:
+    inner_state = execution.one(state.inner)
+    return meta_gradient.adapt(state.params, inner_state, examples, schedule, key)
 
   return MetaLearner(init, step, adapt, execution)
 

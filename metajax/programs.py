@@ -35,7 +35,8 @@ def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T
     `(constants, *arguments) -> outputs`, and the arrays that the function closes over, which are
     its constants.
   """
-  program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+  like = jax.tree.map(_without_sharding, arguments)
+  program, shapes = jax.make_jaxpr(function, return_shape=True)(*like)
   structure = jax.tree.structure(shapes)
 
   def call(constants: list[jax.Array], *arguments: Any) -> T:
@@ -44,6 +45,12 @@ def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T
     return jax.tree.unflatten(structure, flat)
 
   return call, program.consts
+
+
+def _without_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  """The shape and dtype of an array. What is traced with a sharding runs only where that holds."""
+  kind = jax.typeof(leaf)
+  return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
 
 
 def compiled(

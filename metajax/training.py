@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from metajax import checks
 from metajax.devices import task_mesh
-from metajax.inner import all_finite
+from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, run
 from metajax.programs import compiled, copied, on_mesh
 from metajax.types import MakeEpisode, PRNGKey, SampleTask
@@ -30,20 +30,26 @@ class DivergedError(RuntimeError):
   """The parameters are no longer finite. States that were saved before are kept."""
 
 
-class Losses(NamedTuple):
-  """The losses of the inner steps, added over meta-steps in float64."""
+class Sums(NamedTuple):
+  """Losses and metrics of the inner steps, added over meta-steps in float64."""
 
   meta_steps: int = 0
-  totals: Sequence[float] = ()  # the sums of L_1 ... L_k, [k]
+  totals: dict[str, Any] = {}  # noqa: RUF012, never changed; by name, each like the array of a step
 
-  def add(self, losses: np.ndarray) -> "Losses":
-    """Adds the losses `[n, k]` of n more meta-steps."""
-    totals = losses.astype(np.float64).sum(axis=0)
-    before = np.asarray(self.totals) if self.meta_steps else 0.0
-    return Losses(self.meta_steps + len(losses), (before + totals).tolist())
+  def add(self, infos: Info) -> "Sums":
+    """Adds those of n more meta-steps, `[n, k, ...]`."""
+    values = jax.device_get({"losses": infos.losses, **(infos.metrics or {})})
+    more = {name: array.astype(np.float64).sum(axis=0) for name, array in values.items()}
+    totals = {
+      name: (np.asarray(self.totals.get(name, 0.0)) + total).tolist()
+      for name, total in more.items()
+    }
+    return Sums(self.meta_steps + len(values["losses"]), totals)
 
-  def mean(self) -> list[float]:
-    return [total / self.meta_steps for total in self.totals]
+  def means(self) -> dict[str, Any]:
+    return {
+      name: (np.asarray(total) / self.meta_steps).tolist() for name, total in self.totals.items()
+    }
 
 
 class Record(NamedTuple):
@@ -54,6 +60,7 @@ class Record(NamedTuple):
     state: the state after them.
     losses: L_1 ... L_k, averaged over all tasks and meta-steps since the last report; empty in the
       first report of a program.
+    metrics: the same of what the losses returned beside their values, by name.
     seconds: the time spent in compiled meta-steps, that of earlier, interrupted programs included.
     restored: whether this is the state that was restored from a checkpoint.
   """
@@ -61,6 +68,7 @@ class Record(NamedTuple):
   step: int
   state: MetaState
   losses: list[float]
+  metrics: dict[str, Any]
   seconds: float
   restored: bool
 
@@ -124,7 +132,7 @@ def train(
   state, key = on_mesh((state, key), mesh)
   state = copied(state)  # the caller's own stays as it is
   programs: dict[int, Callable[..., Any]] = {}  # by number of meta-steps
-  seconds, losses = 0.0, Losses()
+  seconds, sums = 0.0, Sums()
   with ExitStack() as stack:
     saved = found = None
     if folder is not None:
@@ -135,19 +143,19 @@ def train(
       found = saved.restore(state)
     if found is not None:
       state, seconds = found.state, found.extra["seconds"]
-      losses = Losses(*found.extra.get("losses", ()))
+      sums = Sums(*found.extra.get("sums", ()))
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
       _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
     step = last_saved = int(state.step)
     # Every record has a copy of the state, since the next meta-step uses the memory of this one.
-    record = Record(step, copied(state), [], seconds, restored=found is not None)
+    record = Record(step, copied(state), [], {}, seconds, restored=found is not None)
     report(record)
 
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     while step < num_steps:
       if should_stop():
         if saved and step > last_saved:
-          saved.save(state, {"seconds": seconds, "losses": losses})
+          saved.save(state, {"seconds": seconds, "sums": sums})
         raise StoppedError(f"stopped at meta-step {step}" + (f" of {folder}" if folder else ""))
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)
@@ -172,12 +180,14 @@ def train(
           f"({kept})"
         )
       step += steps
-      losses = losses.add(new_losses)
+      sums = sums.add(infos)
       bar.update(steps)
       bar.set_postfix_str(f"loss {new_losses[:, 0].mean():.3f} -> {new_losses[:, -1].mean():.3f}")
       if steps == until_report:
-        record = Record(step, copied(state), losses.mean(), seconds, restored=False)
-        losses = Losses()
+        means = sums.means()
+        losses = means.pop("losses")
+        record = Record(step, copied(state), losses, means, seconds, restored=False)
+        sums = Sums()
         score = report(record)
         if saved:
           saved.save(state, {"seconds": seconds}, score=score)

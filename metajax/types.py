@@ -43,14 +43,23 @@ class Episode(NamedTuple):
   """The minibatches of L_1 ... L_k: `k - 1` from a pool of examples, then the last one, the tail.
 
   The pool may keep its storage type, such as `uint8` images; minibatches are gathered when used.
+
+  Attributes:
+    pool: `[n, ...]`.
+    schedule: int32 `[k - 1, b]`, rows of the pool.
+    tail: `[m, ...]`; `m` need not equal `b`.
+    key: for losses that draw random numbers, such as dropout: L_i is given `fold_in(key, i)`.
   """
 
-  pool: Examples  # [n, ...]
-  schedule: jax.Array  # int32 [k - 1, b], rows of the pool
-  tail: Examples  # [m, ...]; m need not equal b
+  pool: Examples
+  schedule: jax.Array
+  tail: Examples
+  key: PRNGKey | None = None
 
 
-LossFn = Callable[[Params, Examples], jax.Array]  # a scalar
+# A loss is a function of parameters and a minibatch. It returns a scalar, or a scalar and a dict of
+# metrics to be logged. If its third parameter is named `key`, it is given a new key in each step.
+LossFn = Callable[..., Any]
 Apply = Callable[[Params, Any], Any]  # (params, inputs [n, ...]) -> outputs [n, ...]
 SampleTask = Callable[[PRNGKey], Task]
 MakeEpisode = Callable[[PRNGKey, Task], Episode]

@@ -77,6 +77,8 @@ def test_there_is_no_cycle():
     ("safetensors", {"metajax.learned"}),
     ("tensorflow_datasets", {"metajax.data.hub", "metajax.data.omniglot_builder"}),
     ("PIL", {"metajax.data.files", "metajax.data.hub"}),
+    ("grain", {"metajax.data.host"}),
+    ("datasets", {"metajax.data.hub"}),
     ("matplotlib", set()),
     ("absl", set()),
     ("chex", {"metajax.checks"}),

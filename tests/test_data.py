@@ -1,6 +1,7 @@
 import functools
 import http.server
 import io
+import itertools
 import tarfile
 import threading
 import zipfile
@@ -8,6 +9,7 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from archives import members, write_omniglot, write_tar
 from PIL import Image
@@ -377,6 +379,38 @@ def test_folders_that_are_divided_already(tmp_path):
   write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
   with pytest.raises(DataError, match="class a is in train and in test"):
     load()
+
+
+# Data on the host
+
+
+@pytest.mark.parametrize("execution", [metajax.vmapped(3), metajax.sharded(3)], ids=["one", "many"])
+def test_episodes_from_the_host_are_those_of_the_device(execution, tmp_path):
+  pytest.importorskip("grain", reason="the grain extra is not installed")
+  inputs = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+  np.save(tmp_path / "inputs.npy", inputs)
+  on_disk = np.load(tmp_path / "inputs.npy", mmap_mode="r")
+  labels = np.arange(40) % 8
+  loss = metajax.losses.cross_entropy(lambda w, x: x @ w, reduction="sum")
+  gradient = metajax.fomaml(loss, metajax.carried(optax.adam(0.01, b1=0.0)))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1), execution)
+  make_episode = metajax.separate_tail(metajax.cycling(3, 4))
+  sampler = lambda inputs: few_shot.sample_task(
+    metajax.data.from_arrays(inputs, labels), ways=2, train_shots=3, test_shots=2
+  )
+  start = learner.init(jnp.zeros((5, 2)))
+  whole, infos = jax.jit(metajax.run(learner, sampler(inputs), make_episode, 5))(start, KEY)
+
+  step, state, losses = jax.jit(learner.step), start, []
+  sample = learner.execution.sample(sampler(np.arange(40)), make_episode)
+  for first in (0, 2):  # stopped after two meta-steps, and resumed
+    episodes = metajax.data.host_episodes(sample, on_disk.__getitem__, KEY, first=first)
+    for batch in itertools.islice(episodes, 2 if first == 0 else 3):
+      state, info = step(state, batch)
+      losses.append(info.losses)
+  assert state.step == 5
+  np.testing.assert_allclose(losses, infos.losses, rtol=1e-6)
+  np.testing.assert_allclose(state.params, whole.params, rtol=1e-5, atol=1e-7)
 
 
 # CIFAR-100, from an archive made here

@@ -353,7 +353,7 @@ def dropout_of_equinox():
 def test_dropout_is_refused(make):
   """Its mask would be the same in all steps, all tasks and when predicting."""
   model = make()
-  with pytest.raises(ValueError, match="has dropout: remove it, or make it deterministic"):
+  with pytest.raises(ValueError, match="has dropout: make it deterministic here"):
     model.apply(model.init(jax.random.key(0)), jnp.ones((2, 6)))
 
 
@@ -365,3 +365,90 @@ def test_a_module_is_not_its_factory():
   eqx = pytest.importorskip("equinox")
   with pytest.raises(ValueError, match="not the module itself: give lambda key"):
     models.from_equinox(eqx.nn.Linear(6, 3, key=jax.random.key(0)))
+
+
+def linen_with_dropout():
+  class Network(nn.Module):
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+      x = nn.relu(models.BatchStatsNorm()(nn.Dense(8)(x)))
+      return nn.Dense(3)(nn.Dropout(0.5, deterministic=not self.train)(x))
+
+  def apply(params, x, key):
+    return Network(train=True).apply({"params": params}, x, rngs={"dropout": key})
+
+  return models.from_linen(Network(), np.ones((1, 6), np.float32)), apply
+
+
+def nnx_with_dropout():
+  from metajax.models.nnx import BatchStatsNorm
+
+  class Network(nnx.Module):
+    def __init__(self, rngs, dropout_key=None):
+      self.hidden, self.out = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+      self.norm, self.dropout = BatchStatsNorm(8), nnx.Dropout(0.5)
+      self.dropout_key = dropout_key
+
+    def __call__(self, x):
+      x = nnx.relu(self.norm(self.hidden(x)))
+      if self.dropout_key is not None:
+        x = self.dropout(x, rngs=nnx.Rngs(self.dropout_key))
+      return self.out(x)
+
+  def apply(params, x, key):
+    graph, state = nnx.split(Network(nnx.Rngs(0)))
+    nnx.replace_by_pure_dict(state, params)
+    network = nnx.merge(graph, state)
+    network.dropout_key = key
+    return network(x)
+
+  return models.from_nnx(Network), apply
+
+
+def equinox_with_dropout():
+  eqx = pytest.importorskip("equinox")
+  from metajax.models.equinox import BatchStatsNorm
+
+  class Network(eqx.Module):
+    hidden: eqx.nn.Linear
+    out: eqx.nn.Linear
+    norm: BatchStatsNorm
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, key):
+      self.hidden, self.out = eqx.nn.Linear(6, 8, key=key), eqx.nn.Linear(8, 3, key=key)
+      self.norm, self.dropout = BatchStatsNorm(8), eqx.nn.Dropout(0.5)
+
+    def __call__(self, x, key=None):
+      x = self.dropout(jax.nn.relu(self.norm(self.hidden(x))), key=key, inference=key is None)
+      return self.out(x)
+
+  def apply(params, x, key):
+    network = eqx.combine(params, eqx.filter(Network(key), eqx.is_inexact_array, inverse=True))
+    return jax.vmap(network, axis_name="batch")(x, jax.random.split(key, len(x)))
+
+  return models.from_equinox(Network), apply
+
+
+@pytest.mark.parametrize("make", [linen_with_dropout, nnx_with_dropout, equinox_with_dropout])
+def test_networks_with_dropout_train_with_a_key(make):
+  """Batch normalization and dropout: a new mask in each step, and none in predictions."""
+  model, with_key = make()
+
+  def loss(params, batch, key):
+    logits = with_key(params, batch.inputs, key)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.mean(losses)
+
+  data = metajax.Examples(jax.random.normal(KEY, (9, 6)), jnp.arange(9, dtype=jnp.int32) % 3)
+  learner = metajax.meta_learner(
+    metajax.fomaml(loss, optax.sgd(0.1)), optax.sgd(0.1), metajax.vmapped(2)
+  )
+  make_episode = metajax.shared_tail(metajax.cycling(3, 9))
+  many_steps = jax.jit(metajax.run(learner, lambda key: metajax.Task(data, data), make_episode, 2))
+  state, infos = many_steps(learner.init(model.init(KEY)), KEY)
+  assert np.isfinite(infos.losses).all() and len(np.unique(infos.losses)) == 6
+  outputs = [model.apply(state.params, data.inputs) for _ in range(2)]
+  np.testing.assert_array_equal(*outputs)  # predictions draw nothing

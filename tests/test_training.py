@@ -151,11 +151,11 @@ def test_numbers_below_one_are_refused(name):
 
 
 def test_losses_are_added_in_double_precision():
-  losses = training.Losses()
+  sums = training.Sums()
   for _ in range(3):
-    losses = losses.add(np.float32([[1.0, 2.0**-24]]))
-  assert losses.mean() == [1.0, 2.0**-24]
-  assert training.Losses(*json.loads(json.dumps(losses))).mean() == losses.mean()
+    sums = sums.add(metajax.Info(np.float32([[1.0, 2.0**-24]]), {"a": np.float32([[0.5]])}))
+  assert sums.means() == {"losses": [1.0, 2.0**-24], "a": [0.5]}
+  assert training.Sums(*json.loads(json.dumps(sums))).means() == sums.means()
 
 
 def test_what_a_program_closes_over_is_an_argument_of_it():

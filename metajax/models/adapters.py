@@ -11,7 +11,8 @@ from flax import linen as nn
 from metajax.types import Apply, Params, PRNGKey
 
 _NO_DROPOUT = (
-  "a model draws no random numbers, and this one has dropout: remove it, or make it deterministic"
+  "a model draws no random numbers, and this one has dropout: make it deterministic here, for "
+  "predictions, and train with a loss (params, batch, key) that gives the module its key"
 )
 _MISFITS = (
   errors.ScopeCollectionNotFound,

@@ -1,0 +1,94 @@
+"""Meta-steps per second with data on the device, and with data that stays on the host.
+
+  python -m benchmarks.loader --images=20000 --steps=20
+
+Reptile on the paper's Omniglot network, 5 tasks of 5 classes, k = 5 minibatches of 10. The images
+are random, in a memory-mapped file. `device` has them on the device; `host` fetches them in
+background threads, some meta-steps ahead; `host, not ahead` fetches those of a meta-step when it is
+due. The three run in turns, and the table shows the median.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+
+import metajax
+from benchmarks import cases
+
+flags.DEFINE_integer("images", 20_000, "Images of 28x28 in the data set.", lower_bound=100)
+flags.DEFINE_integer("steps", 20, "Meta-steps of a measurement.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Rounds in which every way runs once.", lower_bound=1)
+flags.DEFINE_integer("filters", 64, "Filters of every convolution.", lower_bound=1)
+FLAGS = flags.FLAGS
+
+
+def ways_to_load(file: Path, steps: int, filters: int) -> dict[str, Callable[[], None]]:
+  """A function for each way, which does this number of meta-steps and waits for the last."""
+  images = np.load(file, mmap_mode="r")
+  labels = np.arange(len(images)) // 20
+  model = metajax.models.omniglot(5, filters=filters)
+  loss = metajax.losses.cross_entropy(model.apply, reduction="sum")
+  gradient = metajax.reptile(loss, optax.sgd(1e-3))
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.sharded(5))
+  make_episode = metajax.shared_tail(metajax.cycling(5, 10))
+  start = learner.init(jax.jit(model.init)(jax.random.key(0)))
+  key, step = jax.random.key(1), jax.jit(learner.step)
+  start, key = metajax.programs.on_mesh((start, key), metajax.task_mesh())
+
+  def sampler(inputs: np.ndarray) -> metajax.types.SampleTask:
+    classes = metajax.data.from_arrays(inputs, labels)
+    classes = metajax.programs.on_mesh(classes, metajax.task_mesh())
+    return metajax.data.few_shot.sample_task(classes, ways=5, train_shots=10, test_shots=0)
+
+  on_device = metajax.run(learner, sampler(np.asarray(images)), make_episode, 1)
+  whole = metajax.programs.compiled(on_device, metajax.task_mesh(), start, key)
+  sample = learner.execution.sample(sampler(np.arange(len(images))), make_episode)
+
+  def device() -> None:
+    state = start
+    for _ in range(steps):
+      state, _ = whole(state, key)
+    jax.block_until_ready(state)
+
+  def host(**options: int) -> None:
+    state = start
+    episodes = metajax.data.host_episodes(sample, images.__getitem__, key, **options)
+    for batch in islice(episodes, steps):
+      state, _ = step(state, batch)
+      jax.block_until_ready(state)  # as a training loop that logs its loss does
+
+  return {
+    "device": device,
+    "host": host,
+    "host, not ahead": lambda: host(threads=0, ahead=0),
+  }
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    sys.exit(f"loader: unexpected argument {argv[1]!r}: flags start with --")
+  metajax.cores_as_devices()
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "images.npy"
+    pixels = np.random.default_rng(0).integers(0, 256, (FLAGS.images, 28, 28, 1), np.uint8)
+    np.save(file, pixels)
+    ways = ways_to_load(file, FLAGS.steps, FLAGS.filters)
+    for way in ways.values():
+      way()  # compiles
+    seconds = cases.in_turns(list(ways.values()), FLAGS.repeats)
+  print(", ".join(f"{name} {value}" for name, value in cases.machine().items()) + "\n")
+  print("| data | meta-steps per second | relative |\n|---|---|---|")
+  rates = [FLAGS.steps / float(np.median(times)) for times in seconds]
+  for name, rate in zip(ways, rates, strict=True):
+    print(f"| {name} | {rate:.2f} | {rate / rates[0]:.2f} |")
+
+
+if __name__ == "__main__":
+  app.run(main)
