@@ -57,17 +57,21 @@ def ways_to_load(file: Path, steps: int, filters: int) -> dict[str, Callable[[],
       state, _ = whole(state, key)
     jax.block_until_ready(state)
 
-  def host(**options: int) -> None:
-    state = start
+  def from_host(**options: int) -> Callable[[], None]:
     episodes = metajax.data.host_episodes(sample, images.__getitem__, key, **options)
-    for batch in islice(episodes, steps):
-      state, _ = step(state, batch)
-      jax.block_until_ready(state)  # as a training loop that logs its loss does
+
+    def host() -> None:
+      state = start
+      for batch in islice(episodes, steps):
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)  # as a training loop that logs its loss does
+
+    return host
 
   return {
     "device": device,
-    "host": host,
-    "host, not ahead": lambda: host(threads=0, ahead=0),
+    "host": from_host(),
+    "host, not ahead": from_host(threads=0, ahead=0),
   }
 
 

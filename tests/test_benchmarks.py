@@ -53,6 +53,17 @@ def test_wall_clock(case, tmp_path):
     assert table[2].endswith("speed-up |") and float(table[4].split("|")[-2]) > 0
 
 
+def test_the_loader_is_compared_with_data_on_the_device():
+  pytest.importorskip("grain", reason="the grain extra is not installed")
+  small = ["--images=400", "--steps=2", "--repeats=1", "--filters=2"]
+  command = [sys.executable, "-m", "benchmarks.loader", *small]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+  assert [row[0].strip() for row in rows] == ["data", "device", "host", "host, not ahead"]
+  assert all(float(rate) > 0 for row in rows[1:] for rate in row[1:])
+
+
 def test_memory_of_first_order_is_flat_in_the_number_of_steps():
   done = run("memory", "--model=sine", "--inner_steps=3,30")
   assert done.returncode == 0, done.stderr
