@@ -21,6 +21,7 @@ from metajax.checkpoint import checkpoints
 TASKS_PER_CALL = 25  # judged by one call of a compiled program, whatever the number of tasks
 TEST_TASKS = "test_tasks.jsonl"
 LEARNER, BEST_LEARNER = "learner.safetensors", "best_learner.safetensors"
+_LONG = 10_000  # meta-steps; before a longer run, the network is shown
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
 _PATHS = ("data_dir", "cache_dir")  # not kept with a run: another machine has others
 _FREE = ("eval_tasks", *(setting.name for setting in fields(Cost)))  # may differ on resuming
@@ -168,6 +169,9 @@ def run(
       for split in recipe.curve_splits
     }
 
+  if recipe.meta_steps >= _LONG and folders.writes():
+    batch = np.repeat(experiment.example_inputs, recipe.inner_batch, axis=0)
+    tqdm.write(metajax.models.summary(experiment.model, batch))
   record = jobs.train(
     folder,
     experiment.learner,

@@ -579,7 +579,7 @@ ESTIMATORS = {
 # name, what differs from a sound call, pattern
 ESTIMATES = [
   ("a loss for each example", {"loss": vector_loss}, r"not float32\[3\]: return the sum or the"),
-  ("a loss and more", {"loss": lambda p, b: (LOSS(p, b), 1)}, "one floating-point number, not"),
+  ("a loss and more", {"loss": lambda p, b: (LOSS(p, b), 1)}, "may return a dict of real arrays"),
   ("no loss", {"loss": lambda p, b: None}, "one floating-point number, not nothing"),
   ("an integer loss", {"loss": lambda p, b: jnp.int32(3)}, r"not int32\[\]: return"),
   ("integer parameters", {"params": PHI.astype(int)}, "must be floating point, .*: convert it"),

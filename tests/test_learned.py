@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -294,3 +296,48 @@ BAD_TASKS = [
 def test_tasks_that_do_not_fit_are_refused(learned, inputs, labels, options, pattern):
   with pytest.raises(ValueError, match=pattern):
     learned.adapt(inputs, labels, **options)
+
+
+WITHOUT_METAJAX = """
+import sys
+import jax, numpy as np
+from jax import export
+
+folder = sys.argv[1]
+read = lambda name: export.deserialize(bytearray(open(f"{folder}/{name}.bin", "rb").read()))
+adapt, predict = read("adapt"), read("predict")
+data = np.load(f"{folder}/task.npz")
+params = adapt.call(data["images"], data["labels"], data["seed"])
+np.save(f"{folder}/outputs.npy", predict.call(params, data["more"]))
+assert not [name for name in sys.modules if name.startswith("metajax")]
+"""
+
+
+def test_adaptation_is_exported_to_a_process_without_metajax(learned, tmp_path):
+  labels = np.arange(9, dtype=np.int32) % 3
+
+  def adapt(images, labels, seed):
+    return learned.adapt_params(metajax.Examples(images, labels), jax.random.key(seed))
+
+  arguments = IMAGES, labels, np.int32(4)
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+  (many,) = jax.export.symbolic_shape("m")
+  images = jax.ShapeDtypeStruct((many, *IMAGES.shape[1:]), np.uint8)
+  params = jax.eval_shape(adapt, *shapes)
+  for name, exported in (
+    ("adapt", jax.export.export(jax.jit(adapt))(*shapes)),
+    ("predict", jax.export.export(jax.jit(learned.model.apply))(params, images)),
+  ):
+    (tmp_path / f"{name}.bin").write_bytes(exported.serialize())
+  np.savez(tmp_path / "task.npz", images=IMAGES, labels=labels, seed=arguments[2], more=MORE)
+  subprocess.run([sys.executable, "-c", WITHOUT_METAJAX, str(tmp_path)], check=True, cwd=tmp_path)
+  expected = learned.model.apply(adapt(*arguments), MORE)
+  np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learner_that_comes_with_metajax(splits):
+  learned = metajax.load("glyphs_5way_reptile")
+  assert learned.recipe.about["data"] == "glyphs" and learned.recipe.network["name"] == "omniglot"
+  task = metajax.data.few_shot.sample_task(splits.test, ways=5, train_shots=5, test_shots=4)(KEY)
+  found = learned.adapt(task.train.inputs, task.train.targets)(task.test.inputs)
+  assert np.mean(found.labels == task.test.targets) >= 0.7

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -246,6 +247,22 @@ def test_conv4_has_the_paper_s_networks_as_instances():
     assert shapes[0] == shapes[1]
   model = models.conv4((8, 5), 3, channels=2, filters=4)
   assert model.apply(model.init(KEY), jnp.ones((2, 8, 5, 2))).shape == (2, 3)
+
+
+def test_a_summary_counts_parameters_and_operations():
+  found = models.summary(models.omniglot(5), np.zeros((10, 28, 28, 1), np.uint8))
+  lines = [line.split() for line in found.splitlines()]
+  assert lines[0] == ["part", "shapes", "parameters"] and lines[-2] == ["all", "113,221"]
+  assert ["Conv_1", "64,", "3x3x64x64", "36,928"] in lines
+  products = 1960 * 9 + (490 + 160 + 40) * 576  # rows x depth of the convolutions, 64 columns each
+  flops = 2 * (64 * products + 10 * 256 * 5)
+  shown = re.fullmatch(
+    r"a forward pass of 10 examples: ([\d.]+) MFLOP; a gradient: [\d.]+ MB of .*",
+    " ".join(lines[-1]),
+  )
+  assert flops <= 1e6 * float(shown[1]) <= 1.05 * flops  # normalization is little
+  own = models.Model(lambda key: jnp.ones((3, 2)), lambda params, x: x @ params)
+  assert "params  3x2             6" in models.summary(own, np.zeros((1, 3), np.float32))
 
 
 def test_networks_are_made_again_from_their_spec():

@@ -18,6 +18,7 @@ from metajax.models.networks import (
   resnet12,
   sine,
 )
+from metajax.models.summary import summary
 
 __all__ = [
   "MLP",
@@ -39,4 +40,5 @@ __all__ = [
   "omniglot",
   "resnet12",
   "sine",
+  "summary",
 ]
