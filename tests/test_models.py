@@ -262,7 +262,7 @@ def test_a_summary_counts_parameters_and_operations():
   )
   assert flops <= 1e6 * float(shown[1]) <= 1.05 * flops  # normalization is little
   own = models.Model(lambda key: jnp.ones((3, 2)), lambda params, x: x @ params)
-  assert "params  3x2             6" in models.summary(own, np.zeros((1, 3), np.float32))
+  assert "params  3x2              6" in models.summary(own, np.zeros((1, 3), np.float32))
 
 
 def test_networks_are_made_again_from_their_spec():
