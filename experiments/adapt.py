@@ -8,7 +8,6 @@ images with their predictions.
 """
 
 import csv
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 import metajax
 from experiments import cli, plots
+from experiments.folders import plain_warnings
 from experiments.settings import Settings, option
 
 
@@ -79,16 +79,13 @@ def _images(
   shape = learned.recipe.inputs.get("", {"shape": ()})["shape"]
   if len(shape) != 3 or shape[2] not in (1, 3):
     raise ValueError(f"--learner={adaptation.learner} does not adapt to images")
-  with warnings.catch_warnings(record=True) as caught:
-    images = metajax.data.read_images(
+  with plain_warnings():
+    return metajax.data.read_images(
       folder,
       size=(shape[0], shape[1]),
       mode="L" if shape[2] == 1 else "RGB",
       unreadable=adaptation.unreadable,
     )
-  for warning in caught:
-    print(f"warning: {warning.message}")
-  return images
 
 
 def write_table(path: Path, names: list[str], found: metajax.Predictions) -> None:

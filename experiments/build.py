@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import metajax
-from experiments.folders import Line
+from experiments.folders import Line, plain_warnings
 from experiments.recipes import Recipe
 from metajax.types import MakeEpisode, SampleTask
 
@@ -79,15 +79,16 @@ def _load_folder(
 ) -> metajax.data.Splits:
   if data_dir is None:
     raise ValueError("--dataset=folder needs --data_dir, a folder of images for each class")
-  return metajax.data.from_folder(
-    data_dir,
-    size=shape[:2],
-    mode="L" if shape[2] == 1 else "RGB",
-    min_examples=min_examples,
-    unreadable=unreadable,
-    seed=seed,
-    cache_dir=cache_dir,
-  )
+  with plain_warnings():
+    return metajax.data.from_folder(
+      data_dir,
+      size=shape[:2],
+      mode="L" if shape[2] == 1 else "RGB",
+      min_examples=min_examples,
+      unreadable=unreadable,
+      seed=seed,
+      cache_dir=cache_dir,
+    )
 
 
 def mesh_of(recipe: Recipe) -> jax.sharding.Mesh:

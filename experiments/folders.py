@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,17 @@ def describe(splits: metajax.data.Splits) -> str:
       checksum = zlib.crc32(inputs.data, zlib.crc32(sizes.data))
       parts.append(f"{name}: {len(sizes)} classes, {len(inputs)} examples, crc32 {checksum:08x}")
   return "; ".join(parts)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+  """Prints the warnings of the library, as of files that are skipped, as plain lines."""
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", UserWarning)
+    yield
+  for warning in caught:
+    if writes():
+      print(f"warning: {warning.message}")
 
 
 def path_of(name: str, out: str | None) -> Path:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import metajax
-from experiments import adapt, cli, few_shot
+from experiments import adapt, build, cli, few_shot
 from experiments.recipes import Recipe
 from experiments.settings import values_of
 
@@ -85,6 +86,25 @@ def test_the_report_names_the_data(pictures, run, capsys):
   assert f"{pictures.name}, 2-way, reptile: accuracy over 2" in capsys.readouterr().out
   result = json.loads((run / "result.json").read_text())
   assert set(result["cells"]) == {"2-shot transductive", "2-shot inductive"}
+
+
+def test_files_that_are_skipped_are_named(pictures, tmp_path, capsys):
+  folder = tmp_path / "pictures"
+  shutil.copytree(pictures, folder)
+  (folder / "a" / "broken.png").write_bytes(b"no image")
+  (folder / "f" / "0.png").unlink()
+  with pytest.raises(ValueError, match=r"a/broken.png .*, or skip such files \(unreadable=skip\)"):
+    train(folder, tmp_path / "out")
+  build._load_folder.cache_clear()
+  recipe = Recipe(
+    **SHORT, data_dir=str(folder), cache_dir=str(tmp_path), unreadable="skip", min_examples=4
+  )
+  splits = build.load(recipe)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith("warning: images are skipped: a/broken.png in ")
+  assert lines[1:] == ["warning: classes with fewer than 4 examples are left out: 'f' has 3"]
+  names = [name for part in splits if part is not None for name in part.names]
+  assert sorted(names) == list("abcdegh")
 
 
 REFUSALS = [
