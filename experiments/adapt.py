@@ -1,6 +1,6 @@
 """Adapts a trained learner to labelled images, and predicts the classes of others.
 
-  python -m experiments.adapt --learner=omniglot_5way_reptile --labelled=DIR --unlabelled=DIR
+  python -m experiments.adapt --learner=glyphs_5way_reptile --labelled=DIR --unlabelled=DIR
 
 --labelled holds a folder of images for each class. The images of --unlabelled, at any depth, are
 predicted. The results are a table of probabilities (--out) and, beside it, a picture of the
@@ -76,9 +76,14 @@ def _images(
   learned: metajax.Learned, folder: str, adaptation: Adaptation
 ) -> metajax.data.NamedImages:
   """The images of a folder as the learner takes them."""
-  shape = learned.recipe.inputs.get("", {"shape": ()})["shape"]
-  if len(shape) != 3 or shape[2] not in (1, 3):
-    raise ValueError(f"--learner={adaptation.learner} does not adapt to images")
+  inputs = learned.recipe.inputs.get("", {"shape": (), "dtype": ""})
+  shape = inputs["shape"]
+  of_images = len(shape) == 3 and shape[2] in (1, 3) and inputs["dtype"] == "uint8"
+  if not of_images or learned.recipe.loss["name"] != "cross_entropy":
+    raise ValueError(
+      f"--learner={adaptation.learner} was not trained to classify uint8 images: use metajax.load "
+      "in a program of your own"
+    )
   with plain_warnings():
     return metajax.data.read_images(
       folder,

@@ -212,7 +212,7 @@ def ship(
 ) -> None:
   """Writes the learner file of a trained state."""
   name, arguments = inner_optimizer(recipe)
-  _, batch = recipe.shots_and_batches[-1]
+  _, batch = max(recipe.shots_and_batches)
   metajax.save(
     path,
     experiment.learner,

@@ -88,7 +88,7 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
   """Prints a result."""
   tasks = next(iter(result["cells"].values()))["tasks"]
   print(
-    f"{recipe.data_name}, {recipe.ways}-way, {recipe.algorithm}: "
+    f"{result.get('data', recipe.data_name)}, {recipe.ways}-way, {recipe.algorithm}: "
     f"accuracy over {tasks} test tasks, with its 95 % interval"
   )
   for name, cell in result["cells"].items():

@@ -167,10 +167,10 @@ def draw_predictions(
       image = images[row]
       axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
       probability = found.probabilities[row].max()
-      axes.set_title(f"{found.labels[row]} {100 * probability:.0f} %", fontsize=8)
-      axes.text(
-        0.5, -0.04, names[row][-18:], fontsize=5, ha="center", va="top", transform=axes.transAxes
-      )
+      title = f"{found.labels[row]} {100 * probability:.0f} %"
+      axes.set_title(title, fontsize=8, parse_math=False)
+      place = {"ha": "center", "va": "top", "transform": axes.transAxes}
+      axes.text(0.5, -0.04, names[row][-18:], fontsize=5, parse_math=False, **place)
     part = f"every {every}th of {len(images)} images" if every > 1 else f"{len(images)} images"
     figure.suptitle(f"most probable class and its probability, {part}", fontsize=9)
 

@@ -157,7 +157,7 @@ class Recipe(Training, Judging, Cost):
   @property
   def data_name(self) -> str:
     """What the data is called in results."""
-    return Path(self.data_dir or "").name if self.dataset == "folder" else self.dataset
+    return Path(self.data_dir or "").resolve().name if self.dataset == "folder" else self.dataset
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

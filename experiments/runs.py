@@ -195,6 +195,7 @@ def run(
   if best is not None:
     build.ship(recipe, experiment, best.state, folder.path / BEST_LEARNER, {"chosen": "best"})
   result: Line = {
+    "data": recipe.data_name,
     "cells": cells,
     "meta_steps": recipe.meta_steps,
     "train_seconds": round(record.seconds, 3),
@@ -292,7 +293,12 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   with folders.alone(path):
     judge = judge_of(experiment, judged, f"meta-step {step}")
     values = judge(found.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)
-    result = {"cells": cells_of(values), "meta_steps": step, "versions": folders.versions()}
+    result = {
+      "data": recipe.data_name,
+      "cells": cells_of(values),
+      "meta_steps": step,
+      "versions": folders.versions(),
+    }
     build.ship(recipe, experiment, found.state, path / LEARNER, {"accuracy": result["cells"]})
     judged.finish(result)
   return result

@@ -123,7 +123,7 @@ def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]
         "the loss asks for a key, and the episode has none: make episodes with shared_tail or "
         "separate_tail, or give yours a key"
       )
-    found = loss_fn(params, batch, key) if asks and key is not None else loss_fn(params, batch)
+    found = loss_fn(params, batch, key=key) if asks and key is not None else loss_fn(params, batch)
     loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
     types = [jax.typeof(leaf) for leaf in jax.tree.leaves(loss)]
     if not jax.tree_util.all_leaves([loss]) or not (

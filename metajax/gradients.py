@@ -241,7 +241,7 @@ def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
-    finite = all_finite((gradient, after, info))
+    finite = all_finite((gradient, after, info.losses))
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     info = keep(info, zeros(info))._replace(skipped=1.0 - finite.astype(info.losses.dtype))
@@ -272,10 +272,15 @@ def _tail_key(episode: Episode) -> PRNGKey | None:
 def _appended(info: Info, loss: jax.Array, metrics: dict[str, jax.Array] | None) -> Info:
   """The Info of all k losses. A metric that only some of them return has fewer entries."""
   parts = [info.metrics or {}, jax.tree.map(lambda leaf: leaf[None], metrics or {})]
-  together = {
-    name: jnp.concatenate([part[name] for part in parts if name in part])
-    for name in {**parts[0], **parts[1]}
-  }
+  together = {}
+  for name in {**parts[0], **parts[1]}:
+    values = [part[name] for part in parts if name in part]
+    if len({value.shape[1:] for value in values}) > 1:
+      shapes = " and ".join(str(value.shape[1:]) for value in values)
+      raise ValueError(
+        f"the metric {name!r} is {shapes} in different steps: reduce it over the minibatch"
+      )
+    together[name] = jnp.concatenate(values)
   return Info(jnp.append(info.losses, loss), together)
 
 

@@ -19,6 +19,7 @@ import scipy.special
 from numpy.typing import ArrayLike
 
 from metajax import losses
+from metajax.data import few_shot
 from metajax.devices import task_mesh
 from metajax.episodes import cycling
 from metajax.evaluation import inductive, transductive
@@ -144,7 +145,14 @@ def save(
     ValueError: if something is not as it should be; nothing is written then.
     OSError: if the file cannot be written.
   """
-  path = Path(path)
+  path, example_inputs = Path(path), _arrays(example_inputs)
+  if not isinstance(model, Model):
+    raise ValueError(f"model must be a metajax.Model, not {type(model).__name__}")
+  if isinstance(frozen, str):
+    raise ValueError(f"frozen must be several names, as ({frozen!r},), not one text")
+  for name, number in (("steps", steps), ("batch_size", batch_size)):
+    if not isinstance(number, int | np.integer):
+      raise ValueError(f"{name} must be a whole number, not {number!r}")
   if path.suffix != ".safetensors":
     raise ValueError(f"a learner file ends in .safetensors, and {path} does not: rename it")
   params, inner_state = _fetched(learner, state)
@@ -158,7 +166,7 @@ def save(
     carried=type(inner_state) is not tuple or len(inner_state) > 0,
     inputs={
       name: {"shape": list(np.shape(leaf)[1:]), "dtype": str(leaf.dtype)}
-      for name, leaf in _named(jax.tree.map(np.asarray, example_inputs)).items()
+      for name, leaf in _named(example_inputs).items()
     },
     about=about or {},
     version=metadata.version("metajax"),
@@ -171,9 +179,13 @@ def save(
     ) from error
   if not all_finite(params):
     raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
-  learned = _learned(recipe, model, params, inner_state)
-  jax.eval_shape(learned.model.apply, params, example_inputs)
   arrays = {**_named(params, "params"), **_named(inner_state, "inner")}
+  _filled(path, "params", jax.eval_shape(model.init, jax.random.key(0)), arrays)
+  for part in frozen:
+    if not any(part in name for name in arrays if name.startswith("params/")):
+      raise ValueError(f"frozen names {part!r}, which is in the name of no parameter")
+  _learned(recipe, model, params, inner_state)  # raises what does not fit
+  jax.eval_shape(model.apply, params, example_inputs)
   header = json.dumps({"format": _FORMAT, "recipe": content, "crc32": _checksum(arrays)})
   if jax.process_index() > 0:
     return
@@ -201,7 +213,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
 
   Args:
     path: of a file that `save` wrote; or the name of a learner that comes with metajax, such as
-      `"omniglot_5way_reptile"`.
+      `"glyphs_5way_reptile"`.
     model: the network, if it is the user's own; by default the one that the file names.
 
   Raises:
@@ -230,19 +242,19 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     model = from_spec(recipe.network)
   like = jax.eval_shape(model.init, jax.random.key(0))
   params = _filled(path, "params", like, arrays)
-  optimizer = _optimizer(recipe)
-  inner_state = _filled(
-    path, "inner", jax.eval_shape(partial(initial_state, optimizer), like), arrays
-  )
+  like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)
+  inner_state = _filled(path, "inner", like, arrays)
   return _learned(recipe, model, params, inner_state)
 
 
 def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerState) -> Learned:
   loss_name = recipe.loss.get("name")
-  if loss_name not in _LOSSES:
-    raise ValueError(f"loss {loss_name!r} must be one of {', '.join(_LOSSES)}")
-  reduction = recipe.loss.get("reduction", "mean")
-  loss = _LOSSES[loss_name](model.apply, reduction=reduction)
+  if loss_name not in _LOSSES or set(recipe.loss) != {"name", "reduction"}:
+    raise ValueError(
+      f"loss must be one of {', '.join(_LOSSES)} with a reduction, as {{'name': 'cross_entropy', "
+      f"'reduction': 'mean'}}, not {recipe.loss}"
+    )
+  loss = _LOSSES[loss_name](model.apply, reduction=recipe.loss["reduction"])
   optimizer, schedule = _optimizer(recipe), cycling(recipe.steps, recipe.batch_size)
   begin_task(optimizer, params, inner_state)  # raises what does not fit
 
@@ -283,7 +295,7 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
       train = Examples(inputs, labels.astype(np.float32))
       adapted = compiled(train, jax.random.key(seed))
       return lambda inputs: outputs(adapted, train, _fitting(recipe, inputs), protocol)
-    classes, numbers = np.unique(labels, return_inverse=True)
+    classes, numbers = np.unique(few_shot.class_labels(labels), return_inverse=True)
     ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
     if labels.ndim != 1 or len(classes) > ways:
       raise ValueError(
@@ -336,13 +348,12 @@ def _named(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _filled(path: Path, prefix: str, like: Any, arrays: dict[str, np.ndarray]) -> Any:
-  """The tree `like` with the numbers of a file."""
+  """The tree `like` with the numbers of a file, in the dtypes that they have there."""
   expected = _named(like, prefix)
   found = {name: array for name, array in arrays.items() if name.split("/")[0] == prefix}
   for name in {**expected, **found}:
     shapes = [
-      f"{leaf.dtype} {leaf.shape}" if (leaf := leaves.get(name)) is not None else "missing"
-      for leaves in (found, expected)
+      str(np.shape(leaves[name])) if name in leaves else "missing" for leaves in (found, expected)
     ]
     if shapes[0] != shapes[1]:
       raise ValueError(
@@ -355,7 +366,7 @@ def _filled(path: Path, prefix: str, like: Any, arrays: dict[str, np.ndarray]) -
 
 def _fitting(recipe: Recipe, inputs: Any) -> Any:
   """The inputs in the dtype of the network, if they are such as it was trained on."""
-  inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
+  inputs = _arrays(inputs)
   given = _named(inputs)
   if set(given) != set(recipe.inputs):
     raise ValueError(
@@ -368,8 +379,14 @@ def _fitting(recipe: Recipe, inputs: Any) -> Any:
         f"inputs must be [n, {', '.join(map(str, shape))}], not {leaf.shape}: this learner was "
         f"trained on {_of_inputs(recipe)}"
       )
+    if not len(leaf):
+      raise ValueError("there is no input: give at least one")
     given[name] = _in_dtype(leaf, dtype)
   return jax.tree.unflatten(jax.tree.structure(inputs), list(given.values()))
+
+
+def _arrays(inputs: Any) -> Any:
+  return jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
 
 
 def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -379,9 +396,10 @@ def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
       raise ValueError(
         f"images are from {leaf.min():g} to {leaf.max():g}: give uint8, or floats from 0 to 1"
       )
-    return leaf.astype(np.float32)
+    return np.rint(255 * leaf).astype(np.uint8)  # of one dtype, whatever the others are given in
   converted = leaf.astype(dtype)
-  if floats != of_floats or (not floats and not np.array_equal(converted, leaf)):
+  one_bool = (leaf.dtype.kind == "b") != (dtype.kind == "b")
+  if one_bool or floats != of_floats or (not floats and not np.array_equal(converted, leaf)):
     raise ValueError(f"inputs must be {dtype}, as this learner was trained on, not {leaf.dtype}")
   return converted
 

@@ -51,7 +51,7 @@ def run(pictures, tmp_path_factory):
 def test_a_learner_of_own_images(pictures, run, tmp_path, capsys):
   learned = metajax.load(run / "learner.safetensors")
   assert learned.recipe.about["data"] == pictures.name
-  for part, count in (("labelled/dark/", "a"), ("labelled/bright/", "h"), ("others/x/", "abgh")):
+  for part, count in (("labelled/$a_$/", "a"), ("labelled/bright/", "h"), ("others/x/", "abgh")):
     (tmp_path / part).mkdir(parents=True)
     for name in count:
       for file in (pictures / name).iterdir():
@@ -75,14 +75,14 @@ def test_a_learner_of_own_images(pictures, run, tmp_path, capsys):
   labels = [name.split("/")[0] for name in labelled.names]
   expected = learned.adapt(labelled.images, labels)(others.images)
   assert [row["prediction"] for row in rows] == expected.labels.tolist()
-  found = [[float(row[name]) for name in ("bright", "dark")] for row in rows]
+  found = [[float(row[name]) for name in ("$a_$", "bright")] for row in rows]
   np.testing.assert_allclose(found, expected.probabilities, atol=1e-6)
   with Image.open(tmp_path / "predictions.png") as picture:
     assert picture.width > 500 and np.asarray(picture).std() > 10
 
 
 def test_the_report_names_the_data(pictures, run, capsys):
-  train(pictures, run)  # complete already: prints its report again
+  train(pictures.parent, run)  # complete already: prints its report, of the data it was trained on
   assert f"{pictures.name}, 2-way, reptile: accuracy over 2" in capsys.readouterr().out
   result = json.loads((run / "result.json").read_text())
   assert set(result["cells"]) == {"2-shot transductive", "2-shot inductive"}

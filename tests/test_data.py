@@ -22,6 +22,7 @@ from metajax.data import (
   few_shot,
   files,
   glyphs,
+  hub,
   mini_imagenet,
   omniglot,
   sine,
@@ -106,6 +107,11 @@ def test_small_classes_are_left_out_by_name():
   assert classes.names == ("cat", "dog") and classes.sizes.tolist() == [2, 2]
   np.testing.assert_array_equal(classes.inputs, [1, 4, 0, 2])
   np.testing.assert_array_equal(classes.starts, [0, 2])
+
+
+def test_a_mask_selects_no_classes():
+  with pytest.raises(ValueError, match=r"not a mask: give np\.flatnonzero"):
+    few_shot.select(numbered_classes([2, 2]), [True, False])
 
 
 def test_classes_are_divided():
@@ -338,6 +344,15 @@ def test_a_messy_folder(messy, tmp_path):
     assert splits.train.inputs.shape[1:] == (10, 12, 3) and splits.train.inputs.dtype == jnp.uint8
     assert sum(len(part.inputs) for part in (splits.train, splits.test)) == 21
   assert len(list(tmp_path.glob("cache/*"))) == 1
+  (messy / "c" / "large.png").write_bytes(bytes(files._MAX_FILE_BYTES + 1))
+  with pytest.raises(DataError, match=r"c/large\.png is over 16 MiB"):
+    metajax.data.from_folder(messy, **options)
+  with pytest.warns(UserWarning, match=r"c/large\.png is over 16 MiB"):
+    metajax.data.from_folder(messy, **options, unreadable="skip")
+  for path in messy.glob("[a-z]/*.*"):
+    path.write_bytes(b"no image")
+  with pytest.raises(DataError, match="is not a readable image"):
+    metajax.data.from_folder(messy, **options, unreadable="skip")
   everything = {
     name: np.asarray(part.inputs[start : start + size])
     for part in (splits.train, splits.test)
@@ -376,6 +391,12 @@ def test_folders_that_are_divided_already(tmp_path):
   )
   splits = load()
   assert [part.names for part in splits] == [("a", "b"), ("d",), ("c",)]
+  (tmp_path / "data" / "val").rename(tmp_path / "data" / "validation")
+  assert load().validation.names == ("d",)
+  (tmp_path / "data" / "more").mkdir()
+  with pytest.raises(DataError, match="holds more beside train and test: it should hold"):
+    load()
+  (tmp_path / "data" / "more").rmdir()
   write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
   with pytest.raises(DataError, match="class a is in train and in test"):
     load()
@@ -523,6 +544,33 @@ def test_from_tfds(tmp_path):
     for name, start in zip(part.names, part.starts, strict=True):
       found = np.asarray(part.inputs[start : start + 3])
       assert np.all(found == 10 * ["ant", "bee", "cow", "dog"].index(name))
+
+
+@pytest.mark.parametrize(
+  ("image", "pattern"),
+  [
+    (np.full((4, 4), 0.5), r"image 0 is float64 \(4, 4\), not uint8"),
+    (np.full((4, 4), 30_000, np.uint16), r"image 0 is uint16 \(4, 4\), not uint8"),
+    (Image.new("I;16", (4, 4), 30_000), "image 0 has more than 8 bits a channel"),
+    (["a", "b"], "image 0 is <U1"),
+  ],
+)
+def test_images_of_a_hub_that_are_no_bytes_are_refused(image, pattern):
+  pairs = [(image, 0), (image, 1)]
+  with pytest.raises(DataError, match=pattern):
+    hub._splits(pairs, ["a", "b"], 4, "L", 1, 0, 1, 0)
+
+
+def test_images_of_a_hub_without_a_label_are_left_out():
+  pairs = [(np.full((4, 4), 9, np.uint8), label) for label in (0, 1, 2, -1, None, 1)]
+  with pytest.warns(UserWarning, match="2 images without a label are left out"):
+    splits = hub._splits(pairs, ["a", "b", "c"], 4, "L", 1, 0, 1, 0)
+  sizes = {
+    name: int(size)
+    for part in (splits.train, splits.test)
+    for name, size in zip(part.names, part.sizes, strict=True)
+  }
+  assert sizes == {"a": 1, "b": 2, "c": 1}
 
 
 def test_from_huggingface():

@@ -125,6 +125,27 @@ def test_images_may_be_floats_from_0_to_1(learned):
   )
 
 
+def test_images_of_two_kinds_in_one_task(learned):
+  expected = learned.adapt(IMAGES, LABELS)(MORE).probabilities
+  for few, more in ((IMAGES / 255, MORE), (IMAGES, MORE / np.float32(255))):
+    np.testing.assert_array_equal(learned.adapt(few, LABELS)(more).probabilities, expected)
+
+
+def test_parameters_of_another_precision_than_the_network_s(tmp_path):
+  path, sgd = tmp_path / "narrow.safetensors", optax.sgd(0.1)
+  model = models.conv4((6, 5), 3, filters=2)
+  narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(KEY))
+  loss = loss_of(model)
+  learner = metajax.meta_learner(metajax.reptile(loss, sgd), optax.sgd(1.0), metajax.serial(1))
+  saved(
+    path, model, sgd, execution=metajax.serial(1), state=learner.init(narrow),
+    inner_optimizer={"name": "sgd", "learning_rate": 0.1},
+  )  # fmt: skip
+  found = metajax.load(path).params
+  jax.tree.map(np.testing.assert_array_equal, found, narrow)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+
+
 def test_many_tasks_at_once(learned):
   targets = jnp.arange(9, dtype=jnp.int32) % 3
   tasks = metajax.Examples(np.stack([IMAGES, IMAGES[::-1]]), jnp.stack([targets, targets]))
@@ -160,8 +181,8 @@ def test_a_network_of_the_user_s_own_and_inputs_of_several_parts(tmp_path):
   assert found.probabilities.shape == (6, 3)
   with pytest.raises(ValueError, match=r"mask bool \[n, 4\], tokens int64 \[n, 4\], not 'mask'$"):
     learned.adapt({"mask": inputs["mask"]}, [1, 2, 3] * 2)
-  other = models.Model(lambda key: [jnp.ones((9, 3)), (jnp.ones(3),)], apply)
-  with pytest.raises(ValueError, match=r"params/0 is bfloat16 \(9, 3\) in the file and float32"):
+  other = models.Model(lambda key: [jnp.ones((9, 4)), (jnp.ones(3),)], apply)
+  with pytest.raises(ValueError, match=r"params/0 is \(9, 3\) in the file and \(9, 4\) in the net"):
     metajax.load(path, model=other)
 
 
@@ -246,7 +267,7 @@ def test_a_file_that_asks_for_other_code_is_refused(trained, tmp_path):
     metajax.load(asking_for(inner_optimizer={"name": "__import__"}))
   with pytest.raises(ValueError, match="network 'from_linen' must be one of"):
     metajax.load(asking_for(network={"name": "from_linen"}))
-  with pytest.raises(ValueError, match="loss 'accuracy' must be one of cross_entropy"):
+  with pytest.raises(ValueError, match="loss must be one of cross_entropy"):
     metajax.load(asking_for(loss={"name": "accuracy"}))
 
 
@@ -258,8 +279,15 @@ REFUSALS = [
     "the inner state is not that of this optimizer",
   ),
   (lambda: ({}, {"about": {"x": object()}}), "numbers, texts, lists and dicts of them"),
-  (lambda: ({}, {"loss": {"name": "hinge"}}), "loss 'hinge' must be one of"),
+  (
+    lambda: ({}, {"loss": {"name": "hinge"}}),
+    "loss must be one of cross_entropy, squared_error with",
+  ),
   (lambda: ({}, {"steps": 0}), "num_steps must be at least 1"),
+  (lambda: ({}, {"steps": 5.0}), "steps must be a whole number, not 5.0"),
+  (lambda: ({}, {"frozen": "Dense_0"}), r"frozen must be several names, as \('Dense_0',\)"),
+  (lambda: ({}, {"frozen": ("Dens_0",)}), "frozen names 'Dens_0', which is in the name of no"),
+  (lambda: ({}, {"loss": {"name": "cross_entropy", "reducton": "sum"}}), "with a reduction, as"),
 ]
 
 
@@ -285,6 +313,9 @@ BAD_TASKS = [
   (IMAGES[:, :5], LABELS, {}, r"must be \[n, 6, 5, 1\], not \(9, 5, 5, 1\): this learner was"),
   (IMAGES.astype(np.int32) * 2, LABELS, {}, "must be uint8, as this learner was trained on, not"),
   (IMAGES * 1.0, LABELS, {}, "give uint8, or floats from 0 to 1"),
+  (IMAGES > 99, LABELS, {}, "must be uint8, as this learner was trained on, not bool"),
+  (IMAGES[:0], [], {}, "there is no input: give at least one"),
+  (IMAGES, [1.0, 2.0, np.nan] * 3, {}, "labels must be integers or strings, not float64"),
   ({"x": IMAGES}, LABELS, {}, r"inputs must be uint8 \[n, 6, 5, 1\], not 'x'"),
   (IMAGES, LABELS[:4], {}, r"9 inputs and labels \(4,\): give one for each"),
   (IMAGES, range(9), {}, r"at most 3 classes apart, and labels \(9,\) are of 9"),
@@ -341,3 +372,8 @@ def test_a_learner_that_comes_with_metajax(splits):
   task = metajax.data.few_shot.sample_task(splits.test, ways=5, train_shots=5, test_shots=4)(KEY)
   found = learned.adapt(task.train.inputs, task.train.targets)(task.test.inputs)
   assert np.mean(found.labels == task.test.targets) >= 0.7
+
+
+def test_predictions_of_nothing_are_refused(learned):
+  with pytest.raises(ValueError, match="there is no input: give at least one"):
+    learned.adapt(IMAGES, LABELS)(MORE[:0])

@@ -163,6 +163,31 @@ def test_metrics_are_reported(tmp_path):
       np.testing.assert_allclose(values, infos.metrics[name][part].mean(axis=0), rtol=1e-6)
 
 
+def test_a_metric_that_is_nan_skips_no_task():
+  loss = lambda params, batch: (problems.softmax_loss()(params, batch), {"precision": jnp.nan})
+  gradient = metajax.skip_nonfinite(metajax.reptile(loss, optax.sgd(RATE)))
+  found, _, info = gradient.estimate(problems.weights(), (), problems.episode(1, k=3))
+  assert info.skipped == 0 and np.isnan(info.metrics["precision"]).all() and np.any(found)
+
+
+def test_a_metric_is_reduced_over_the_minibatch():
+  loss = lambda params, batch: (jnp.sum(params), {"each": batch.targets})
+  gradient = metajax.reptile(loss, optax.sgd(RATE))
+  with pytest.raises(
+    ValueError, match=r"'each' is \(3,\) and \(5,\) in different steps: reduce it"
+  ):
+    gradient.estimate(problems.weights(), (), problems.episode(1, k=3, tail=5))
+
+
+def test_a_key_may_be_given_by_name_only():
+  loss = lambda params, batch, *, key: noisy(params, batch, key)
+  found, expected = (
+    metajax.reptile(one, optax.sgd(RATE)).estimate(problems.weights(), (), keyed(1))[0]
+    for one in (loss, noisy)
+  )
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_what_a_loss_asks_for():
   params, batch = problems.weights(), problems.examples(0, 4)
   step = lambda loss, *key: metajax.inner_step(

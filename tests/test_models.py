@@ -168,19 +168,17 @@ def test_twins_of_batch_statistics_norm():
   scale, bias = jnp.array([0.5, 2.0]), jnp.array([1.0, -1.0])
   expected = models.BatchStatsNorm().apply({"params": {"scale": scale, "bias": bias}}, inputs)
 
-  from metajax.models.nnx import BatchStatsNorm
-
-  twin = models.from_nnx(lambda rngs: BatchStatsNorm(2, rngs=rngs))
+  of_nnx = metajax.models.nnx.BatchStatsNorm
+  twin = models.from_nnx(lambda rngs: of_nnx(2, rngs=rngs))
   assert jax.tree.map(jnp.shape, twin.init(KEY)) == {"scale": (2,), "bias": (2,)}
   found = twin.apply({"scale": scale, "bias": bias}, inputs)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-  unscaled = models.from_nnx(lambda rngs: BatchStatsNorm(2, use_scale=False))
+  unscaled = models.from_nnx(lambda rngs: of_nnx(2, use_scale=False))
   found = unscaled.apply({"bias": bias}, inputs)
   np.testing.assert_allclose(found, (expected - bias) / scale + bias, rtol=1e-4, atol=1e-5)
 
   eqx = pytest.importorskip("equinox")
-  from metajax.models import equinox
-
+  equinox = metajax.models.equinox
   twin = models.from_equinox(lambda key: equinox.BatchStatsNorm(2))
   params = eqx.tree_at(lambda p: (p.scale, p.bias), twin.init(KEY), (scale, bias))
   found = twin.apply(params, jnp.moveaxis(inputs, -1, 1))

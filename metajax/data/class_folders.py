@@ -15,9 +15,10 @@ from metajax.data.files import (
   cache_directory,
   decode_image,
   existing_directory,
+  files_below,
   fingerprint,
   read_archive,
-  read_folder,
+  read_file,
   unwritable,
 )
 
@@ -64,9 +65,10 @@ def from_folder(
   """Reads images that lie in a folder for each class.
 
   The folder holds either the class folders (`CLASS/IMAGE.png`) or the folders `train`, `test` and
-  perhaps `val`, which hold class folders. In the first case, classes are divided at random into
-  training, validation and test classes. Images are PNG, JPEG, BMP, GIF, WebP or TIFF; hidden files
-  and files of other types are passed over. They are decoded once and kept in the cache.
+  perhaps `val` (or `valid`, `validation`), which hold class folders. In the first case, classes are
+  divided at random into training, validation and test classes. Images are PNG, JPEG, BMP, GIF, WebP
+  or TIFF; hidden files and files of other types are passed over. They are decoded once and kept in
+  the cache.
 
   Args:
     path: the folder.
@@ -92,9 +94,7 @@ def from_folder(
   _check_choice(unreadable)
   folder = existing_directory(path)
   divided = all((folder / part).is_dir() for part in ("train", "test"))
-  parts = SPLITS if divided else ("all",)
-  sources = {part: [folder / part if divided else folder] for part in parts}
-  sources = {part: paths for part, paths in sources.items() if paths[0].is_dir()}
+  sources = _parts(folder) if divided else {"all": [folder]}
   prepared = decoded(folder, sources, "folder", form, cache_dir, skip=unreadable == "skip")
   _warn([line for part in prepared.values() for line in part.unreadable])
   classes = {
@@ -104,6 +104,20 @@ def from_folder(
   if divided:
     return Splits(classes["train"], classes.get("val"), classes["test"])
   return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
+
+
+def _parts(folder: Path) -> dict[str, list[Path]]:
+  """The folders of training, validation and test classes."""
+  parts: dict[str, list[Path]] = {}
+  for path in sorted(folder.iterdir()):
+    if path.is_dir() and not path.name.startswith("."):
+      part = "val" if path.name in ("valid", "validation") else path.name
+      if part not in SPLITS or part in parts:
+        raise DataError(
+          f"{folder} holds {path.name} beside train and test: it should hold train, test and val"
+        )
+      parts[part] = [path]
+  return {part: parts[part] for part in SPLITS if part in parts}
 
 
 class NamedImages(NamedTuple):
@@ -240,7 +254,11 @@ def decode_source(
       raise DataError(f"{source} holds {name} a second time: keep one of the two")
     try:
       images[name] = decode_image(
-        content, f"{name} in {source}", size=(form.width, form.height), mode=form.mode, fit=form.fit
+        read_file(content) if isinstance(content, Path) else content,
+        f"{name} in {source}",
+        size=(form.width, form.height),
+        mode=form.mode,
+        fit=form.fit,
       )
     except DataError as error:
       bad.append(str(error))
@@ -252,10 +270,10 @@ def _files(sources: list[Path]) -> Iterator[Path]:
     yield from (source.rglob("*") if source.is_dir() else [source])
 
 
-def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, bytes]]:
-  """Yields the name CLASS/IMAGE and the content of each image of an archive or folder."""
+def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, Path | bytes]]:
+  """Yields the name CLASS/IMAGE of each image, with its path, or its content in an archive."""
   if source.is_dir():
-    yield from read_folder(source, SUFFIXES)
+    yield from files_below(source, SUFFIXES)
     return
   for name, content in read_archive(source, SUFFIXES):
     parts = name.parts[1:] if name.parts[0] == part else name.parts
@@ -266,7 +284,7 @@ def _empty_classes(folder: Path) -> list[Path]:
   """Class folders without an image. In an archive, these cannot be detected."""
   classes = (path for path in sorted(folder.iterdir()) if path.is_dir())
   visible = (path for path in classes if not path.name.startswith("."))
-  return [path for path in visible if not any(read_folder(path, SUFFIXES))]
+  return [path for path in visible if not any(files_below(path, SUFFIXES))]
 
 
 def _decode(paths: list[Path], part: str, form: Format) -> Images:
@@ -289,7 +307,9 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
         raise DataError(f"{source} holds {name} a second time: keep one of the two")
     images |= found
     bad += unreadable
-  if not images and not bad:
+  if not images and bad:
+    raise DataError(_listed(bad))
+  if not images:
     raise DataError(
       f"{', '.join(map(str, paths))}: there is no image inside: it should hold {form.layout}"
     )

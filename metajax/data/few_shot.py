@@ -71,12 +71,7 @@ def from_arrays(
       f"inputs {', '.join(map(str, shapes))} and labels {labels.shape} must be [m, ...] and [m], "
       "with m >= 1: give one label for each example"
     )
-  if labels.dtype == object and all(isinstance(label, str) for label in labels):
-    labels = labels.astype(str)  # as pandas keeps strings
-  if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.str_)):
-    raise ValueError(
-      f"labels must be integers or strings, not {labels.dtype}: give the class of each example"
-    )
+  labels = class_labels(labels)
   inputs = jax.tree.map(_stored, inputs)
   order = np.argsort(labels, kind="stable")
   names, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -94,6 +89,21 @@ def from_arrays(
   return jax.tree.map(jnp.asarray, classes)
 
 
+def class_labels(labels: np.ndarray) -> np.ndarray:
+  """The labels as integers or strings.
+
+  Raises:
+    ValueError: if they are neither.
+  """
+  if labels.dtype == object and all(isinstance(label, str) for label in labels.flat):
+    labels = labels.astype(str)  # as pandas keeps strings
+  if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.str_)):
+    raise ValueError(
+      f"labels must be integers or strings, not {labels.dtype}: give the class of each example"
+    )
+  return labels
+
+
 def select(classes: Classes, numbers: ArrayLike) -> Classes:
   """The classes with these numbers, in this order, with copies of their examples.
 
@@ -101,6 +111,8 @@ def select(classes: Classes, numbers: ArrayLike) -> Classes:
     classes: to choose from.
     numbers: integers, counted from 0 in the order of `classes.names`.
   """
+  if np.asarray(numbers).dtype == bool:
+    raise ValueError("numbers must be those of classes, not a mask: give np.flatnonzero(mask)")
   numbers = np.asarray(numbers, np.intp)
   starts, sizes = np.asarray(classes.starts)[numbers], np.asarray(classes.sizes)[numbers]
   rows = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]

@@ -166,15 +166,23 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
       raise tarfile.ReadError("it ends too early")
 
 
-def read_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
-  """Yields the files below a folder as `read_archive` does, sorted by name."""
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, Path]]:
+  """Yields the files below a folder that have one of the suffixes, sorted, with the name inside."""
   for path in sorted(folder.rglob("*")):
     inside = PurePosixPath(path.relative_to(folder).as_posix())
     hidden = any(part.startswith(".") for part in inside.parts)
     if path.is_file() and inside.suffix.lower() in suffixes and not hidden:
-      if path.stat().st_size > _MAX_FILE_BYTES:
-        raise DataError(f"{path} is over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image")
-      yield inside, path.read_bytes()
+      yield inside, path
+
+
+def read_file(path: Path) -> bytes:
+  """The content of a file; raises `DataError` if it is too large or cannot be read."""
+  try:
+    if path.stat().st_size > _MAX_FILE_BYTES:
+      raise DataError(f"{path} is over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image")
+    return path.read_bytes()
+  except OSError as error:
+    raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
 
 
 def decode_image(
@@ -196,29 +204,36 @@ def decode_image(
   """
   try:
     with warnings.catch_warnings():
-      # Pillow warns of decompression bombs, which the size check refuses, and of odd metadata.
+      # Pillow refuses decompression bombs, and warns of smaller ones and of odd metadata.
       warnings.simplefilter("ignore")
       with Image.open(io.BytesIO(content), formats=_FORMATS[: None if fit else 2]) as image:
         if image.size != size and not fit:
           raise DataError(
             f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
           )
-        return np.asarray(_fitted(image, name, size, mode) if fit else image.convert(mode))
+        return np.asarray(fit_image(image, name, size, mode) if fit else image.convert(mode))
   except DataError:
     raise
   except Exception as error:  # decoders raise many types of error on damaged files
     raise DataError(f"{name} is not a readable image: replace it") from error
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], mode: str) -> Image.Image:
-  """Crops an image around its centre to the aspect ratio of `(width, height)`, and resizes it."""
+def fit_image(image: Image.Image, name: object, size: tuple[int, int], mode: str) -> Image.Image:
+  """Turns an image upright as its metadata say, crops it around its centre, and resizes it.
+
+  Args:
+    image: to be fitted.
+    name: its name in error messages.
+    size: `(width, height)` in pixels.
+    mode: the Pillow mode, `L` or `RGB`. What is transparent becomes white.
+
+  Raises:
+    DataError: if it has more than 8 bits a channel.
+  """
+  if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+    raise DataError(f"{name} has more than 8 bits a channel: convert it to 8 bits")
+  image = ImageOps.exif_transpose(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
   return ImageOps.fit(image.convert(mode), size, Image.Resampling.BICUBIC)
-
-
-def _fitted(image: Image.Image, name: object, size: tuple[int, int], mode: str) -> Image.Image:
-  if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
-    raise DataError(f"{name} has more than 8 bits a channel: convert it to 8 bits")
-  return fit_image(ImageOps.exif_transpose(image), size, mode)

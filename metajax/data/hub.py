@@ -1,6 +1,7 @@
 """Images from the data sets of TensorFlow Datasets and of Hugging Face, divided by class."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -121,15 +122,33 @@ def _splits(
   form = format_of(size, mode)
   labels: list[Any] = []
 
+  unlabelled = 0
+
   def fitted() -> Iterator[np.ndarray]:
-    for image, label in pairs:
+    nonlocal unlabelled
+    for number, (image, label) in enumerate(pairs):
+      if label is None or (names is not None and label < 0):  # as in test sets that are kept secret
+        unlabelled += 1
+        continue
       labels.append(label if names is None else names[label])
-      if not isinstance(image, Image.Image):
-        image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-      yield np.asarray(fit_image(image, (form.width, form.height), mode)).reshape(form.shape)
+      image = _as_image(image, f"image {number}")
+      found = fit_image(image, f"image {number}", (form.width, form.height), mode)
+      yield np.asarray(found).reshape(form.shape)
 
   images = list(fitted())
+  if unlabelled:
+    warnings.warn(f"{unlabelled} images without a label are left out", stacklevel=3)
   if not images:
-    raise DataError("the data set has no image")
+    raise DataError("the data set has no image with a label")
   classes = from_arrays(np.stack(images), labels, min_examples=min_examples)
   return split(classes, validation=validation, test=test, seed=seed)
+
+
+def _as_image(image: Any, name: str) -> Image.Image:
+  """A Pillow image of an image or of an array `[height, width]` or `[height, width, channels]`."""
+  if isinstance(image, Image.Image):
+    return image
+  pixels = np.asarray(image)
+  if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+    raise DataError(f"{name} is {pixels.dtype} {pixels.shape}, not uint8 [height, width, channels]")
+  return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)

@@ -1,4 +1,7 @@
-"""Networks, and adapters for Flax and Equinox modules. A model is a pair `(init, apply)`."""
+"""Networks, and adapters for Flax and Equinox modules. A model is two functions, init and apply."""
+
+import importlib
+from types import ModuleType
 
 from metajax.models.adapters import Model, from_equinox, from_linen, from_nnx
 from metajax.models.fast import convolution
@@ -19,6 +22,14 @@ from metajax.models.networks import (
   sine,
 )
 from metajax.models.summary import summary
+
+
+def __getattr__(name: str) -> ModuleType:
+  """Imports what needs Flax NNX or Equinox when it is first used."""
+  if name in ("nnx", "equinox"):
+    return importlib.import_module(f"metajax.models.{name}")
+  raise AttributeError(f"module 'metajax.models' has no attribute {name!r}")
+
 
 __all__ = [
   "MLP",

@@ -22,7 +22,7 @@ _MISFITS = (
 
 
 class Model(NamedTuple):
-  """A network as two pure functions. Any such pair of functions is a model.
+  """A network as two pure functions. `Model(init, apply)` makes one of any such functions.
 
   Attributes:
     init: `key -> params`.
