@@ -4,7 +4,7 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from metajax import data, losses, models, theory, training
+from metajax import data, losses, models, theory, training, variants
 from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import cycling, replacement, separate_tail, shared_tail
 from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interval, transductive
@@ -79,5 +79,6 @@ __all__ = [
   "train",
   "training",
   "transductive",
+  "variants",
   "vmapped",
 ]

@@ -201,6 +201,29 @@ def without_keys(state: Any) -> None:
     )
 
 
+def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) -> None:
+  """Checks that the optimizer does not return a gradient as it is, which would be added.
+
+  `optax.masked` does so with the parameters that it leaves out.
+  """
+  optimizer = optax.with_extra_args_support(optimizer)
+  like = _abstract(params)
+  extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
+
+  def update(grads: Params, params: Params) -> Params:
+    return optimizer.update(grads, optimizer.init(params), params, grad=grads, **extra)[0]
+
+  program = jax.make_jaxpr(update)(like, like).jaxpr
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+  for path, given, returned in zip(paths, program.invars, program.outvars, strict=False):
+    if given is returned:
+      name = jax.tree_util.keystr(path, simple=True, separator="/") or "the parameter"
+      raise ValueError(
+        f"this inner optimizer adds the gradient of {name} to it: optax.masked passes on what it "
+        "leaves out, so use metajax.variants.only to leave parameters as they are"
+      )
+
+
 def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
   """Checks that the optimizer's update has a finite derivative where entries of a gradient are 0.
 

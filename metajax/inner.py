@@ -77,10 +77,11 @@ def initial_state(optimizer: optax.GradientTransformation, params: Params) -> In
   """What is carried from task to task at the start: nothing, unless the optimizer is `carried`.
 
   Raises:
-    ValueError: if a parameter is not floating point, or the optimizer draws random numbers and is
-      not `carried`.
+    ValueError: if a parameter is not floating point, or the optimizer returns a gradient as it is,
+      or draws random numbers and is not `carried`.
   """
   checks.floating_point(params)
+  checks.no_raw_gradients(optimizer, params)
   if not isinstance(optimizer, Carried):
     checks.without_keys(jax.eval_shape(optimizer.init, params))
   return optimizer.init(params) if isinstance(optimizer, Carried) else ()

@@ -24,6 +24,7 @@ FLOORS = {
   "execution": 4,
   "meta": 5,
   "theory": 4,
+  "variants": 4,
   "evaluation": 6,
   "checkpoint": 6,
   "learned": 7,
@@ -93,7 +94,14 @@ def test_a_library_has_one_home(library, homes):
 
 
 def test_experiments_and_benchmarks_use_the_public_api():
-  public = {"metajax", "metajax.checkpoint", "metajax.theory", "metajax.training", "metajax.types"}
+  public = {
+    "metajax",
+    "metajax.checkpoint",
+    "metajax.theory",
+    "metajax.training",
+    "metajax.types",
+    "metajax.variants",
+  }
   for folder in ("experiments", "benchmarks"):
     for path in (ROOT / folder).rglob("*.py"):
       found = {name for name in imports(path) if name.split(".")[0] == "metajax"}
