@@ -1,15 +1,37 @@
 """Further algorithms of the family, as compositions of meta-gradients and inner optimizers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metajax import checks
 from metajax.gradients import MetaGradient, maml
-from metajax.types import Examples, LossFn, Params, PRNGKey
+from metajax.inner import (
+  Info,
+  LearnerState,
+  begin_task,
+  end_task,
+  forward_over_reverse,
+  initial_state,
+  inner_step,
+  inner_update,
+  step_keys,
+)
+from metajax.types import (
+  Episode,
+  Examples,
+  InnerState,
+  LossFn,
+  Params,
+  PRNGKey,
+  num_steps,
+  take,
+)
 
 
 def only(
@@ -101,3 +123,200 @@ def meta_sgd(loss_fn: LossFn, *, outer_loss: LossFn | None = None, **options: bo
 
   optimizer = optax.GradientTransformation(init, update)
   return maml(of_params(loss_fn), optimizer, outer_loss=of_params(outer_loss or loss_fn), **options)
+
+
+class WithContext(NamedTuple):
+  """The parameters of a network that takes a context, and that context.
+
+  Attributes:
+    params: theta, shared by all tasks.
+    context: phi, zero at the start of every task.
+  """
+
+  params: Params
+  context: Any
+
+
+def cavia(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  context: Any,
+  *,
+  outer_loss: LossFn | None = None,
+  **options: bool,
+) -> MetaGradient:
+  """CAVIA (Zintgraf et al. 2019): MAML whose inner steps move context parameters only.
+
+  The inner step is phi_{i+1} = phi_i - alpha dL_i(theta, phi_i)/dphi from phi_1 = 0, and the
+  meta-gradient is dL_k(theta, phi_k)/dtheta.
+
+  Args:
+    loss_fn: as for `maml`, a function of `WithContext`.
+    optimizer: the inner optimizer, which moves the context.
+    context: a tree of arrays or shapes like the context of one task.
+    outer_loss: L_k, if it is another function than the loss of the inner steps.
+    **options: of `maml`.
+
+  Returns:
+    An estimator of the gradient of theta. Its `adapt` returns `WithContext`.
+  """
+  inner = only(optimizer, lambda name: name.startswith("context"))
+  whole = maml(loss_fn, inner, outer_loss=outer_loss, **options)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), context)
+
+  def init(params: Params) -> InnerState:
+    return whole.init(WithContext(params, zeros))
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    gradient, after, info = whole.estimate(WithContext(params, zeros), inner_state, episode)
+    return gradient.params, after, info
+
+  def adapt(params: Params, *arguments: Any) -> Params:
+    return whole.adapt(WithContext(params, zeros), *arguments)
+
+  return MetaGradient(init, estimate, adapt)
+
+
+def towards_start(strength: float | jax.Array) -> optax.GradientTransformation:
+  """A gradient transformation that draws the parameters towards those that the task began with.
+
+  It adds lambda (phi_i - phi) to the gradient, which is the derivative of the regularizer
+  lambda / 2 ||phi_i - phi||^2. MAML differentiates through phi in it too. Do not hand its state
+  from task to task by `carried`, since it holds the phi of the first one.
+
+  >>> inner = optax.chain(towards_start(0.5), optax.sgd(0.1))
+
+  Args:
+    strength: lambda.
+  """
+
+  def init(params: Params) -> Params:
+    return params
+
+  def update(grads: Params, start: Params, params: Params | None = None) -> tuple[Params, Params]:
+    if params is None:
+      raise ValueError("the update needs the parameters")
+    pulled = lambda grad, now, before: grad + strength * (now - before)
+    return jax.tree.map(pulled, grads, params, start), start
+
+  return optax.GradientTransformation(init, update)
+
+
+def imaml(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  strength: float,
+  *,
+  outer_loss: LossFn | None = None,
+  iterations: int = 10,
+) -> MetaGradient:
+  """Implicit MAML (Rajeswaran et al. 2019), in memory that does not grow with k.
+
+  The inner steps minimize L(psi) + lambda / 2 ||psi - phi||^2, with L the loss of the whole pool at
+  the end. At the minimum psi, the meta-gradient is (I + L''(psi) / lambda)^-1 L_k'(psi), which
+  conjugate gradients solve for. It is exact in the limit of many inner steps.
+
+  Args:
+    loss_fn: as for `maml`; with a key, the loss of the pool has the key of L_k.
+    optimizer: the inner optimizer, which is given the gradient with the regularizer's.
+    strength: lambda, positive.
+    outer_loss: L_k, if it is another function than the loss of the inner steps.
+    iterations: of conjugate gradients.
+
+  Raises:
+    ValueError: if lambda is not positive, or there is no iteration.
+  """
+  checks.at_least_one(iterations=iterations)
+  if not strength > 0:
+    raise ValueError(f"strength must be positive, not {strength}")
+  inner = optax.chain(towards_start(strength), optimizer)
+  of_pool, last_loss = checks.loss(loss_fn), checks.loss(outer_loss or loss_fn)
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    k = num_steps(episode.schedule) + 1
+    key = None if episode.key is None else jax.random.fold_in(episode.key, k - 1)
+    start = begin_task(inner, params, inner_state)
+    learner, info = inner_update(loss_fn, inner, start, episode.pool, episode.schedule, episode.key)
+    of_tail = jax.value_and_grad(last_loss, has_aux=True)
+    (last, _), gradient = of_tail(learner.params, episode.tail, key)
+    slope = jax.grad(lambda params: of_pool(params, episode.pool, key)[0])
+
+    def product(vector: Params) -> Params:
+      curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
+      return jax.tree.map(lambda v, c: v + c / strength, vector, curvature)
+
+    gradient, _ = jax.scipy.sparse.linalg.cg(product, gradient, maxiter=iterations)
+    return gradient, end_task(inner, learner), Info(jnp.append(info.losses, last))
+
+  def adapt(
+    params: Params,
+    inner_state: InnerState,
+    examples: Examples,
+    schedule: jax.Array,
+    key: PRNGKey | None = None,
+  ) -> Params:
+    start = begin_task(inner, params, inner_state)
+    return inner_update(loss_fn, inner, start, examples, schedule, key)[0].params
+
+  return MetaGradient(partial(initial_state, inner), estimate, adapt)
+
+
+def multi_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  weights: Sequence[float] | jax.Array | np.ndarray,
+  *,
+  outer_loss: LossFn | None = None,
+  mixed_mode: bool = True,
+) -> MetaGradient:
+  """MAML with a loss of the tail after every inner step (MAML++, Antoniou et al. 2019).
+
+  The meta-gradient is d/dphi of w_1 L(phi_2) + ... + w_{k-1} L(phi_k), with L the loss of the tail
+  and phi_{i+1} the parameters after i inner steps. The weights [0, ..., 0, 1] are MAML.
+
+  Args:
+    loss_fn: as for `maml`.
+    optimizer: the inner optimizer.
+    weights: `[k - 1]`; in the paper equal at first, and then shifted to the last one.
+    outer_loss: the loss of the tail, if it is another function than that of the inner steps.
+    mixed_mode: as for `maml`.
+
+  Raises:
+    ValueError: if the weights are not a finite vector; in `estimate`, if there are not `k - 1`.
+  """
+  coefficients = checks.finite_vector(weights)
+  whole = maml(loss_fn, optimizer, outer_loss=outer_loss, mixed_mode=mixed_mode)
+  inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn
+  last_loss = checks.loss(outer_loss or loss_fn)
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    k = num_steps(episode.schedule) + 1
+    if coefficients.size != k - 1:
+      raise ValueError(
+        f"{coefficients.size} weights for {k - 1} inner steps: give one for each of them"
+      )
+    key = None if episode.key is None else jax.random.fold_in(episode.key, k - 1)
+
+    def advance(learner: LearnerState, turn: Any) -> tuple[LearnerState, tuple[Any, Any]]:
+      rows, step_key = turn
+      batch = take(episode.pool, rows)
+      learner, step = inner_step(inner_loss, optimizer, learner, batch, step_key)
+      return learner, (step.loss, last_loss(learner.params, episode.tail, key)[0])
+
+    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
+      start = begin_task(optimizer, params, inner_state)
+      turns = (episode.schedule, step_keys(episode.key, k - 1))
+      learner, (losses, of_tail) = jax.lax.scan(advance, start, turns)
+      total = jnp.sum(jnp.asarray(coefficients, of_tail.dtype) * of_tail)
+      return total, (end_task(optimizer, learner), jnp.append(losses, of_tail[-1]))
+
+    gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
+    return gradient, inner_state, Info(losses)
+
+  return whole._replace(estimate=estimate)

@@ -7,7 +7,17 @@ import optax
 import pytest
 
 import metajax
-from metajax.variants import WithRates, meta_sgd, only, with_rates
+from metajax.variants import (
+  WithContext,
+  WithRates,
+  cavia,
+  imaml,
+  meta_sgd,
+  multi_step,
+  only,
+  towards_start,
+  with_rates,
+)
 from tests import problems
 
 RATE = 0.05
@@ -133,3 +143,146 @@ def test_rates_improve_on_those_to_begin_with():
   assert infos.losses[-1, -1] < 0.7 * infos.losses[0, -1]
   moved = jax.tree.map(lambda rate: bool(np.any(np.abs(rate - RATE) > 0.01)), state.params.rates)
   assert all(jax.tree.leaves(moved))
+
+
+def of_context(both, batch):
+  """The network of `loss`, with a context that shifts the hidden units."""
+  hidden = jnp.tanh(batch.inputs @ both.params["body"]["w"] + both.context)
+  logits = hidden @ both.params["head"]["w"] + both.params["head"]["b"]
+  return jnp.sum(optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch.targets))
+
+
+def test_cavia_adapts_the_context_and_learns_the_rest(x64):
+  params, episode = start(), problems.episode(5, k=4, tail=6)
+  gradient = cavia(of_context, optax.sgd(RATE), jnp.zeros(HIDDEN))
+  found = estimate(gradient, params, episode)
+
+  def context_of(params):
+    context = jnp.zeros(HIDDEN)
+    for rows in np.asarray(episode.schedule):
+      batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], episode.pool)
+      slope = jax.grad(of_context)(WithContext(params, context), batch)
+      context = context - RATE * slope.context
+    return context
+
+  objective = lambda params: of_context(WithContext(params, context_of(params)), episode.tail)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, found, by_finite_differences(objective, params))
+  adapted = gradient.adapt(params, (), episode.pool, episode.schedule, None)
+  jax.tree.map(np.testing.assert_array_equal, adapted.params, params)
+  np.testing.assert_allclose(adapted.context, context_of(params), rtol=1e-9)
+
+
+def test_maml_differentiates_through_what_the_proximal_term_draws_to(x64):
+  params, episode = start(), problems.episode(6, k=5, tail=6)
+  inner = optax.chain(towards_start(0.8), optax.sgd(RATE))
+  found = estimate(metajax.maml(loss, inner), params, episode)
+
+  def objective(start):
+    params = start
+    for rows in np.asarray(episode.schedule):
+      batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], episode.pool)
+      grads = jax.grad(loss)(params, batch)
+      params = jax.tree.map(lambda p, s, g: p - RATE * (g + 0.8 * (p - s)), params, start, grads)
+    return loss(params, episode.tail)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, found, by_finite_differences(objective, params))
+
+
+def quadratic(params, batch):
+  """1/2 (p - c)' A (p - c), with A the mean of the batch's inputs and c that of its targets."""
+  matrix, centre = jnp.mean(batch.inputs, axis=0), jnp.mean(batch.targets, axis=0)
+  return 0.5 * (params - centre) @ matrix @ (params - centre)
+
+
+def quadratics(n, seed):
+  rng = np.random.default_rng(seed)
+  roots = rng.normal(size=(n, 4, 4))
+  curvatures = roots @ roots.transpose(0, 2, 1) / 4 + np.eye(4)
+  return metajax.Examples(jnp.asarray(curvatures), jnp.asarray(rng.normal(size=(n, 4))))
+
+
+def test_imaml_is_exact_on_quadratics(x64):
+  pool, tail = quadratics(5, 0), quadratics(3, 1)
+  schedule = jnp.tile(jnp.arange(5, dtype=jnp.int32), (400, 1))  # the whole pool in each step
+  episode = metajax.Episode(pool, schedule, tail)
+  phi, strength = jnp.asarray(np.random.default_rng(2).normal(size=4)), 0.7
+  gradient = imaml(quadratic, optax.sgd(0.1), strength, iterations=4)
+  found, _, info = jax.jit(gradient.estimate)(phi, (), episode)
+  mean = lambda examples: (np.mean(examples.inputs, axis=0), np.mean(examples.targets, axis=0))
+  (matrix, centre), (of_tail, target) = mean(pool), mean(tail)
+  inverse = np.linalg.inv(matrix + strength * np.eye(4))
+  psi = inverse @ (matrix @ centre + strength * np.asarray(phi))
+  np.testing.assert_allclose(found, strength * inverse @ of_tail @ (psi - target), rtol=1e-8)
+  np.testing.assert_allclose(info.losses[-1], quadratic(jnp.asarray(psi), tail), rtol=1e-8)
+  adapted = gradient.adapt(phi, (), pool, schedule, None)
+  np.testing.assert_allclose(adapted, psi, rtol=1e-8)
+
+
+def temporary_bytes(gradient, k):
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
+  episode = problems.episode(0, k=k)
+  return (
+    jax.jit(gradient.estimate)
+    .lower(params, (), episode)
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+  )
+
+
+def test_imaml_needs_no_more_memory_for_more_steps():
+  growth = lambda gradient: temporary_bytes(gradient, 200) - temporary_bytes(gradient, 20)
+  assert growth(imaml(loss, optax.sgd(RATE), 1.0)) < 4_000  # the losses, and their schedule
+  assert growth(metajax.maml(loss, optax.sgd(RATE))) > 4 * growth(imaml(loss, optax.sgd(RATE), 1.0))
+
+
+def test_multi_step_losses(x64):
+  params, episode = start(), problems.episode(7, k=4, tail=6)
+  weights, schedule = np.array([0.2, 0.3, 0.5]), np.asarray(episode.schedule)
+  for mixed_mode in (True, False):
+    found = estimate(
+      multi_step(loss, optax.sgd(RATE), weights, mixed_mode=mixed_mode), params, episode
+    )
+
+    def objective(params):
+      part = lambda i: episode._replace(schedule=schedule[: i + 1])
+      moves = {"body", "head"}
+      return sum(
+        w * loss(adapted(params, part(i), moves), episode.tail) for i, w in enumerate(weights)
+      )
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, found, by_finite_differences(objective, params))
+
+
+def test_multi_step_losses_end_in_maml(x64):
+  """The weights of MAML++ are annealed to those of the last step."""
+  params, episode = start(), problems.episode(8, k=4)
+  carried = metajax.carried(optax.adam(0.01, b1=0.0, eps_root=1e-6))
+  gradients = multi_step(loss, carried, [0.0, 0.0, 1.0]), metajax.maml(loss, carried)
+  found, expected = (
+    jax.jit(gradient.estimate)(params, gradient.init(params), episode) for gradient in gradients
+  )
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+  jax.tree.map(close, found[:2], expected[:2])
+  close(found[2].losses, expected[2].losses)
+  with pytest.raises(ValueError, match="2 weights for 3 inner steps: give one for each"):
+    multi_step(loss, optax.sgd(RATE), [1.0, 1.0]).estimate(params, (), episode)
+
+
+def test_first_order_at_first_and_then_second_order():
+  """Annealing from FOMAML to MAML: the state of one learner is the state of the other."""
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
+  learners = [
+    metajax.meta_learner(make(loss, optax.sgd(RATE)), optax.adam(0.01), metajax.vmapped(2))
+    for make in (metajax.fomaml, metajax.maml)
+  ]
+  episodes = problems.episodes(range(2), k=3)
+  state = learners[0].init(params)
+  for learner in learners:
+    state, _ = jax.jit(learner.step)(state, episodes)
+  assert state.step == 2
+  alone, _ = jax.jit(learners[1].step)(learners[0].init(params), episodes)
+  assert jax.tree.structure(alone) == jax.tree.structure(state)
