@@ -1,7 +1,6 @@
 """Further algorithms of the family, as compositions of meta-gradients and inner optimizers."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +9,13 @@ import numpy as np
 import optax
 
 from metajax import checks
-from metajax.gradients import MetaGradient, maml
+from metajax.gradients import MetaGradient, maml, reptile
 from metajax.inner import (
   Info,
   LearnerState,
   begin_task,
   end_task,
   forward_over_reverse,
-  initial_state,
   inner_step,
   inner_update,
   step_keys,
@@ -252,17 +250,7 @@ def imaml(
     gradient, _ = jax.scipy.sparse.linalg.cg(product, gradient, maxiter=iterations)
     return gradient, end_task(inner, learner), Info(jnp.append(info.losses, last))
 
-  def adapt(
-    params: Params,
-    inner_state: InnerState,
-    examples: Examples,
-    schedule: jax.Array,
-    key: PRNGKey | None = None,
-  ) -> Params:
-    start = begin_task(inner, params, inner_state)
-    return inner_update(loss_fn, inner, start, examples, schedule, key)[0].params
-
-  return MetaGradient(partial(initial_state, inner), estimate, adapt)
+  return reptile(loss_fn, inner)._replace(estimate=estimate)  # which adapts and begins alike
 
 
 def multi_step(
