@@ -16,9 +16,8 @@ from metajax.episodes import Schedule, loss_key
 from metajax.meta import MetaLearner, MetaState
 from metajax.programs import compiled, on_mesh
 from metajax.spread import map_tasks
-from metajax.types import Apply, Params, PRNGKey, SampleTask, Task, num_examples
+from metajax.types import Apply, Params, Predict, PRNGKey, SampleTask, Task, num_examples
 
-Predict = Callable[[Params, Task], Any]
 EvaluateTask = Callable[[MetaState, PRNGKey, Task], Any]
 
 

@@ -61,6 +61,7 @@ class Episode(NamedTuple):
 # metrics to be logged. If its third parameter is named `key`, it is given a new key in each step.
 LossFn = Callable[..., Any]
 Apply = Callable[[Params, Any], Any]  # (params, inputs [n, ...]) -> outputs [n, ...]
+Predict = Callable[[Params, Task], Any]  # outputs [m, ...] on the test inputs
 SampleTask = Callable[[PRNGKey], Task]
 MakeEpisode = Callable[[PRNGKey, Task], Episode]
 SampleEpisodes = Callable[[PRNGKey], Episode]  # every leaf with a leading task axis [T, ...]

@@ -20,13 +20,17 @@ from metajax.inner import (
   inner_update,
   step_keys,
 )
+from metajax.losses import cross_entropy
 from metajax.types import (
+  Apply,
   Episode,
   Examples,
   InnerState,
   LossFn,
   Params,
+  Predict,
   PRNGKey,
+  Task,
   num_steps,
   take,
 )
@@ -308,3 +312,56 @@ def multi_step(
     return gradient, inner_state, Info(losses)
 
   return whole._replace(estimate=estimate)
+
+
+def nearest_prototype(embed: Apply, ways: int) -> Predict:
+  """Predicts by the distance to the mean embedding of each class (Snell et al. 2017).
+
+  The outputs are -||f(x) - c_j||^2, with c_j the mean of f over the training examples of class j.
+
+  Args:
+    embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`, such as a network with d outputs.
+    ways: the number of classes of a task.
+
+  Returns:
+    `(params, task) -> outputs [m, ways]` on the `m` test inputs.
+  """
+  checks.is_apply(embed)
+  checks.at_least_one(ways=ways)
+
+  def predict(params: Params, task: Task) -> jax.Array:
+    members = jax.nn.one_hot(task.train.targets, ways, axis=0)  # [ways, n]
+    sums = members @ embed(params, task.train.inputs)
+    prototypes = sums / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1)
+    apart = embed(params, task.test.inputs)[:, None] - prototypes
+    return -jnp.sum(jnp.square(apart), axis=-1)
+
+  return predict
+
+
+def prototypical(embed: Apply, ways: int) -> MetaGradient:
+  """Prototypical networks (Snell et al. 2017), metric learning as a yardstick for the family.
+
+  There is no inner loop: the gradient is that of the mean cross-entropy of the tail, by
+  `nearest_prototype` with the whole pool as training examples. Evaluate it with `nearest_prototype`
+  too; its `adapt` returns the parameters as they are.
+
+  Args:
+    embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`.
+    ways: the number of classes of a task.
+  """
+  predict = nearest_prototype(embed, ways)
+
+  def estimate(
+    params: Params, inner_state: InnerState, episode: Episode
+  ) -> tuple[Params, InnerState, Info]:
+    task = Task(episode.pool, episode.tail)
+    loss_fn = cross_entropy(lambda params, _: predict(params, task), reduction="mean")
+    loss, gradient = jax.value_and_grad(loss_fn)(params, episode.tail)
+    return gradient, inner_state, Info(loss[None])
+
+  def init(params: Params) -> InnerState:
+    checks.floating_point(params)
+    return ()
+
+  return MetaGradient(init, estimate, lambda params, *_: params)

@@ -14,7 +14,9 @@ from metajax.variants import (
   imaml,
   meta_sgd,
   multi_step,
+  nearest_prototype,
   only,
+  prototypical,
   towards_start,
   with_rates,
 )
@@ -286,3 +288,47 @@ def test_first_order_at_first_and_then_second_order():
   assert state.step == 2
   alone, _ = jax.jit(learners[1].step)(learners[0].init(params), episodes)
   assert jax.tree.structure(alone) == jax.tree.structure(state)
+
+
+def embed(params, inputs):
+  return jnp.tanh(inputs @ params["body"]["w"])
+
+
+def test_prototypical_networks(x64):
+  params, episode = start(), problems.episode(9, k=4, tail=6)
+  classes = problems.CLASSES
+  found, _, info = jax.jit(prototypical(embed, classes).estimate)(params, (), episode)
+
+  def by_hand(params):
+    pool, tail = (np.asarray(part.targets) for part in (episode.pool, episode.tail))
+    near, far = embed(params, episode.pool.inputs), embed(params, episode.tail.inputs)
+    prototypes = [
+      sum(near[i] for i in np.flatnonzero(pool == c)) / max(np.sum(pool == c), 1)
+      + jnp.zeros(HIDDEN)
+      for c in range(classes)
+    ]
+    logits = jnp.stack([-jnp.sum((far - c) ** 2, axis=1) for c in prototypes], axis=1)
+    log = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
+    return -sum(log[i, label] for i, label in enumerate(tail)) / len(tail)
+
+  np.testing.assert_allclose(info.losses, [by_hand(params)], rtol=1e-10)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+  jax.tree.map(close, found["body"], by_finite_differences(by_hand, params)["body"])
+
+
+def test_prototypical_networks_train_and_are_judged():
+  params = {"body": {"w": jnp.asarray(start()["body"]["w"], jnp.float32)}}
+  labels = np.arange(60) % 6
+  inputs = np.random.default_rng(0).normal(size=(60, problems.FEATURES)) + labels[:, None]
+  classes = metajax.data.from_arrays(inputs.astype(np.float32), labels)
+  task = metajax.data.few_shot.sample_task(classes, ways=3, train_shots=2, test_shots=3)
+  learner = metajax.meta_learner(prototypical(embed, 3), optax.adam(0.02), metajax.serial(2))
+  make_episode = metajax.separate_tail(metajax.cycling(2, 3))
+  many_steps = jax.jit(metajax.run(learner, task, make_episode, 60))
+  before = learner.init(params)
+  after, infos = many_steps(before, jax.random.key(0))
+  assert infos.losses.shape == (60, 1)
+  evaluate = metajax.evaluate(learner, metajax.cycling(1, 3), nearest_prototype(embed, 3))
+  judge = metajax.judge(evaluate, task, metajax.losses.accuracy, tasks_per_call=50)
+  scores = [judge(state, jax.random.key(1), 50).mean() for state in (before, after)]
+  assert scores[1] > max(scores[0], 0.6)
