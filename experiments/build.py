@@ -185,7 +185,7 @@ def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient
   name, arguments = inner_optimizer(recipe)
   inner = {"adam": optax.adam, "sgd": optax.sgd}[name](**arguments)
   if not recipe.adapt_norm:
-    inner = optax.chain(inner, optax.masked(optax.set_to_zero(), _of_norms))
+    inner = metajax.variants.only(inner, lambda name: NORM not in name)
   if recipe.inner_state == "carried":
     inner = metajax.carried(inner)
   if recipe.weights is not None:
@@ -233,11 +233,6 @@ def ship(
       **about,
     },
   )
-
-
-def _of_norms(params: Any) -> Any:
-  """A mask of the parameters that belong to batch normalization."""
-  return jax.tree.map_with_path(lambda path, _: NORM in jax.tree_util.keystr(path), params)
 
 
 def _outer_optimizer(recipe: Recipe) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.types import Examples, LossFn, Params, PRNGKey, Task, num_examples
+from metajax.types import Examples, LossFn, Params, PRNGKey, Task, leaf_name, num_examples
 
 
 def at_least_one(**numbers: int) -> None:
@@ -217,7 +217,7 @@ def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) ->
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
   for path, given, returned in zip(paths, program.invars, program.outvars, strict=False):
     if given is returned:
-      name = jax.tree_util.keystr(path, simple=True, separator="/") or "the parameter"
+      name = leaf_name(path) or "the parameter"
       raise ValueError(
         f"this inner optimizer adds the gradient of {name} to it: optax.masked passes on what it "
         "leaves out, so use metajax.variants.only to leave parameters as they are"

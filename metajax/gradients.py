@@ -80,7 +80,7 @@ def reptile(
   ) -> tuple[Params, InnerState, Info]:
     start = begin_task(optimizer, params, inner_state)
     learner, info = _until_tail(loss_fn, optimizer, start, episode)
-    learner, last = inner_step(loss_fn, optimizer, learner, episode.tail, _tail_key(episode))
+    learner, last = inner_step(loss_fn, optimizer, learner, episode.tail, tail_key(episode))
     gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
     return gradient, end_task(optimizer, learner), _appended(info, last.loss, last.metrics)
 
@@ -110,7 +110,7 @@ def fomaml(
     start = begin_task(optimizer, params, inner_state)
     learner, info = _until_tail(loss_fn, optimizer, start, episode)
     of_tail = jax.value_and_grad(last_loss, has_aux=True)
-    (last, metrics), gradient = of_tail(learner.params, episode.tail, _tail_key(episode))
+    (last, metrics), gradient = of_tail(learner.params, episode.tail, tail_key(episode))
     return gradient, end_task(optimizer, learner), _appended(info, last, metrics)
 
   return MetaGradient(
@@ -161,7 +161,7 @@ def maml(
     def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, Info]]:
       start = begin_task(optimizer, params, inner_state)
       learner, info = _until_tail(inner_loss, optimizer, start, episode, remat=remat)
-      last, metrics = last_loss(learner.params, episode.tail, _tail_key(episode))
+      last, metrics = last_loss(learner.params, episode.tail, tail_key(episode))
       return last, (end_task(optimizer, learner), _appended(info, last, metrics))
 
     gradient, (inner_state, info) = jax.grad(objective, has_aux=True)(params)
@@ -218,10 +218,10 @@ def combine(
     carry, info = jax.lax.scan(
       lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1]), turn[2]),
       (begin_task(optimizer, params, inner_state), zeros),
-      (jnp.asarray(coefficients[:-1]), episode.schedule, step_keys(episode.key, k - 1)),
+      (jnp.asarray(coefficients[:-1]), episode.schedule, step_keys(loss_fn, episode.key, k - 1)),
     )
     (learner, gradient), last = advance(
-      carry, jnp.asarray(coefficients[-1]), episode.tail, _tail_key(episode)
+      carry, jnp.asarray(coefficients[-1]), episode.tail, tail_key(episode)
     )
     return gradient, end_task(optimizer, learner), _appended(info, last.losses, last.metrics)
 
@@ -262,7 +262,7 @@ def _until_tail(
   return inner_update(loss_fn, optimizer, start, pool, schedule, key, **options)
 
 
-def _tail_key(episode: Episode) -> PRNGKey | None:
+def tail_key(episode: Episode) -> PRNGKey | None:
   """The key of L_k, the next after those of the other losses."""
   if episode.key is None:
     return None

@@ -84,6 +84,10 @@ def initial_state(optimizer: optax.GradientTransformation, params: Params) -> In
   checks.no_raw_gradients(optimizer, params)
   if not isinstance(optimizer, Carried):
     checks.without_keys(jax.eval_shape(optimizer.init, params))
+  return _carried_state(optimizer, params)
+
+
+def _carried_state(optimizer: optax.GradientTransformation, params: Params) -> InnerState:
   return optimizer.init(params) if isinstance(optimizer, Carried) else ()
 
 
@@ -95,7 +99,7 @@ def begin_task(
   Raises:
     ValueError: if the inner state is not one that `initial_state` returns for these parameters.
   """
-  expected = jax.eval_shape(partial(initial_state, optimizer), params)
+  expected = jax.eval_shape(partial(_carried_state, optimizer), params)
   checks.state_of("inner", expected, inner_state)
   if isinstance(optimizer, Carried):
     return LearnerState(params, inner_state)
@@ -202,13 +206,12 @@ def inner_update(
     return learner, Info(step.loss, step.metrics)
 
   step, k = jax.checkpoint(body) if remat else body, num_steps(schedule)
-  key = key if checks.asks_for_key(loss_fn) else None
-  return jax.lax.scan(step, learner, (schedule, step_keys(key, k)), length=k)
+  return jax.lax.scan(step, learner, (schedule, step_keys(loss_fn, key, k)), length=k)
 
 
-def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
-  """The keys of the first steps, `[num_steps]`: `fold_in(key, i)`, or None without a key."""
-  if key is None:
+def step_keys(loss_fn: LossFn, key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+  """The keys of the first steps, `fold_in(key, i)` `[num_steps]`; None if the loss has no key."""
+  if key is None or not checks.asks_for_key(loss_fn):
     return None
   return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_steps))
 

@@ -23,10 +23,12 @@ from metajax.data import few_shot
 from metajax.devices import task_mesh
 from metajax.episodes import cycling
 from metajax.evaluation import inductive, transductive
-from metajax.inner import all_finite, begin_task, carried, initial_state, inner_update
+from metajax.gradients import reptile
+from metajax.inner import all_finite, begin_task, carried, initial_state
 from metajax.meta import MetaLearner, MetaState
 from metajax.models import Model, from_spec
-from metajax.types import Examples, InnerState, Params, PRNGKey, Task, num_examples
+from metajax.types import Examples, InnerState, Params, PRNGKey, Task, leaf_name, num_examples
+from metajax.variants import only
 
 _FORMAT = 1  # the version of the file format
 _AT_ONCE = 32  # test examples in one call of the compiled inductive prediction
@@ -261,9 +263,9 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
   def adapt_from(
     params: Params, inner_state: InnerState, examples: Examples, key: PRNGKey
   ) -> Params:
-    start = begin_task(optimizer, params, inner_state)
     rows = schedule(key, num_examples(examples))
-    return inner_update(loss, optimizer, start, examples, rows)[0].params
+    # All algorithms adapt alike.
+    return reptile(loss, optimizer).adapt(params, inner_state, examples, rows, None)
 
   compiled = partial(jax.jit(adapt_from), params, inner_state)
   protocols = {
@@ -330,21 +332,14 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
   except TypeError as error:
     raise ValueError(f"optax.{name} cannot be made with {arguments}: {error}") from error
   if recipe.frozen:
-    mask = lambda params: jax.tree.map_with_path(
-      lambda path, _: any(part in _name(path) for part in recipe.frozen), params
-    )
-    optimizer = optax.chain(optimizer, optax.masked(optax.set_to_zero(), mask))
+    optimizer = only(optimizer, lambda name: not any(part in name for part in recipe.frozen))
   return carried(optimizer) if recipe.carried else optimizer
-
-
-def _name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _named(tree: Any, prefix: str = "") -> dict[str, Any]:
   """The leaves of a tree by name, such as `params/Conv_0/kernel`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {"/".join(filter(None, (prefix, _name(path)))): leaf for path, leaf in leaves}
+  return {"/".join(filter(None, (prefix, leaf_name(path)))): leaf for path, leaf in leaves}
 
 
 def _filled(path: Path, prefix: str, like: Any, arrays: dict[str, np.ndarray]) -> Any:

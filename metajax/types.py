@@ -83,6 +83,11 @@ def num_examples(examples: Any) -> int:
   return shapes[0][0]
 
 
+def leaf_name(path: Any) -> str:
+  """The name of a leaf from its path in a tree, such as `Dense_0/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def num_steps(schedule: jax.Array) -> int:
   """The number of minibatches in a schedule.
 

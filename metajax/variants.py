@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from metajax import checks
-from metajax.gradients import MetaGradient, maml, reptile
+from metajax.gradients import MetaGradient, maml, reptile, tail_key
 from metajax.inner import (
   Info,
   LearnerState,
@@ -31,6 +31,7 @@ from metajax.types import (
   Predict,
   PRNGKey,
   Task,
+  leaf_name,
   num_steps,
   take,
 )
@@ -59,10 +60,9 @@ def only(
   """
 
   def labels(params: Params) -> Any:
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    chosen = jax.tree.map_with_path(lambda path, _: bool(adapted(name(path))), params)
+    chosen = jax.tree.map_with_path(lambda path, _: bool(adapted(leaf_name(path))), params)
     if not any(jax.tree.leaves(chosen)):
-      names = ", ".join(name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+      names = ", ".join(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
       raise ValueError(f"no parameter would be adapted: choose some of {names}")
     return chosen
 
@@ -239,8 +239,7 @@ def imaml(
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    k = num_steps(episode.schedule) + 1
-    key = None if episode.key is None else jax.random.fold_in(episode.key, k - 1)
+    key = tail_key(episode)
     start = begin_task(inner, params, inner_state)
     learner, info = inner_update(loss_fn, inner, start, episode.pool, episode.schedule, episode.key)
     of_tail = jax.value_and_grad(last_loss, has_aux=True)
@@ -293,7 +292,7 @@ def multi_step(
       raise ValueError(
         f"{coefficients.size} weights for {k - 1} inner steps: give one for each of them"
       )
-    key = None if episode.key is None else jax.random.fold_in(episode.key, k - 1)
+    key = tail_key(episode)
 
     def advance(learner: LearnerState, turn: Any) -> tuple[LearnerState, tuple[Any, Any]]:
       rows, step_key = turn
@@ -303,7 +302,7 @@ def multi_step(
 
     def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
       start = begin_task(optimizer, params, inner_state)
-      turns = (episode.schedule, step_keys(episode.key, k - 1))
+      turns = (episode.schedule, step_keys(inner_loss, episode.key, k - 1))
       learner, (losses, of_tail) = jax.lax.scan(advance, start, turns)
       total = jnp.sum(jnp.asarray(coefficients, of_tail.dtype) * of_tail)
       return total, (end_task(optimizer, learner), jnp.append(losses, of_tail[-1]))
