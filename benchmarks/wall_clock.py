@@ -22,6 +22,7 @@ matplotlib.use("Agg")  # before pyplot is imported, as no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags, logging
+from matplotlib.ticker import LogFormatter
 
 import metajax
 from benchmarks import cases
@@ -230,6 +231,9 @@ def draw(records: list[dict[str, Any]], folder: Path) -> None:
       ylabel=label,
       xlabel={"inner_steps": "inner steps k", "meta_batch": "tasks of a meta-step"}[x],
     )
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_formatter(LogFormatter())
+      axis.set_minor_formatter(LogFormatter())
     axes.grid(alpha=0.3, which="both")
     if any(lines):
       axes.legend(fontsize=8)

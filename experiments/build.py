@@ -10,12 +10,13 @@ import numpy as np
 import optax
 
 import metajax
+from experiments import algorithms
+from experiments.algorithms import Algorithm
 from experiments.folders import Line, plain_warnings
 from experiments.recipes import Recipe
 from metajax.types import MakeEpisode, SampleTask
 
 SPREAD = "sharded"  # the execution that uses all devices
-NORM = metajax.models.BatchStatsNorm.__name__  # in the names of its parameters
 
 
 class Evaluation(NamedTuple):
@@ -31,6 +32,7 @@ class Experiment(NamedTuple):
 
   model: metajax.Model
   learner: metajax.MetaLearner
+  frozen: tuple[str, ...] | None  # see Algorithm
   sample_task: SampleTask
   make_episode: MakeEpisode
   evaluations: dict[str, dict[str, Evaluation]]  # by split, such as "test", and "5-shot"
@@ -104,13 +106,8 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
     ValueError: if the data set is too small for the tasks.
   """
   _check_sizes(recipe, splits)
-  model = _model(recipe)
-  learner = metajax.meta_learner(
-    _meta_gradient(recipe, model), _outer_optimizer(recipe), _execution(recipe, mesh)
-  )
-  steps = 1 if recipe.algorithm == "joint" else recipe.inner_steps
-  draw = {"cycling": metajax.cycling, "replacement": metajax.replacement}[recipe.minibatches]
-  tail = {"shared": metajax.shared_tail, "separate": metajax.separate_tail}[recipe.tail]
+  algorithm = algorithms.build(recipe, _model(recipe))
+  learner = _learner(recipe, algorithm, mesh)
   sample_task = metajax.data.few_shot.sample_task(
     splits.train,
     ways=recipe.ways,
@@ -119,17 +116,18 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
   )
   evaluations = {
     split: {
-      f"{shots}-shot": _evaluation(recipe, shots, batch, classes, model, learner)
+      f"{shots}-shot": _evaluation(recipe, shots, batch, classes, algorithm, learner)
       for shots, batch in recipe.shots_and_batches
     }
     for split, classes in splits._asdict().items()
     if split in (*recipe.curve_splits, "test")
   }
   return Experiment(
-    model,
+    algorithm.model,
     learner,
+    algorithm.frozen,
     sample_task,
-    tail(draw(steps, recipe.inner_batch)),
+    _make_episode(recipe),
     evaluations,
     mesh,
     np.asarray(splits.test.inputs[:1]),
@@ -170,48 +168,46 @@ def _model(recipe: Recipe) -> metajax.Model:
     of_size: Callable[..., metajax.Model] = (
       metajax.models.conv4 if recipe.network == "conv4" else metajax.models.resnet12
     )
-    return of_size(size, recipe.ways, channels=channels, method=recipe.convolution, **options)
+    outputs = algorithms.outputs(recipe)
+    return of_size(size, outputs, channels=channels, method=recipe.convolution, **options)
   network: Callable[..., metajax.Model] = {
     ("paper", False): metajax.models.omniglot,
     ("paper", True): metajax.models.mini_imagenet,
     ("finn", False): metajax.models.finn_omniglot,
     ("finn", True): metajax.models.finn_mini_imagenet,
   }[recipe.network, recipe.dataset == "mini_imagenet"]
-  return network(recipe.ways, method=recipe.convolution, **options)
+  return network(algorithms.outputs(recipe), method=recipe.convolution, **options)
 
 
-def _meta_gradient(recipe: Recipe, model: metajax.Model) -> metajax.MetaGradient:
-  loss = metajax.losses.cross_entropy(model.apply, reduction=recipe.loss_reduction)
-  name, arguments = inner_optimizer(recipe)
-  inner = {"adam": optax.adam, "sgd": optax.sgd}[name](**arguments)
-  if not recipe.adapt_norm:
-    inner = metajax.variants.only(inner, lambda name: NORM not in name)
-  if recipe.inner_state == "carried":
-    inner = metajax.carried(inner)
-  if recipe.weights is not None:
-    return metajax.combine(loss, inner, recipe.weights, of_updates=True)
-  estimators: dict[str, Callable[..., metajax.MetaGradient]] = {
-    "reptile": metajax.reptile,
-    "joint": metajax.reptile,
-    "fomaml": metajax.fomaml,
-    "maml": metajax.maml,
-  }
-  return estimators[recipe.algorithm](loss, inner)
+def _learner(recipe: Recipe, algorithm: Algorithm, mesh: jax.sharding.Mesh) -> metajax.MetaLearner:
+  outer, execution = _outer_optimizer(recipe), _execution(recipe, mesh)
+  learner = metajax.meta_learner(algorithm.gradient, outer, execution)
+  if algorithm.early is None:
+    return learner
+  at_first = metajax.meta_learner(algorithm.early, outer, execution)
+  return metajax.variants.switched(at_first, learner, recipe.switch_at)
 
 
-def inner_optimizer(recipe: Recipe) -> tuple[str, dict[str, float]]:
-  """The name of the inner optimizer in optax, and its arguments."""
-  if recipe.inner_optimizer == "sgd":
-    return "sgd", {"learning_rate": recipe.inner_rate}
-  arguments = {"learning_rate": recipe.inner_rate, "b1": 0.0, "eps_root": recipe.inner_eps_root}
-  return "adam", arguments
+def _make_episode(recipe: Recipe) -> MakeEpisode:
+  """How the minibatches of a training task are drawn."""
+  steps, batch = (1 if recipe.algorithm == "joint" else recipe.inner_steps), recipe.inner_batch
+  draw = {"cycling": metajax.cycling, "replacement": metajax.replacement}[recipe.minibatches]
+  schedule = draw(steps, batch)
+  if recipe.least_shots is not None:
+    schedule = metajax.varying_shots(steps, batch, ways=recipe.ways, at_least=recipe.least_shots)
+  tail = {"shared": metajax.shared_tail, "separate": metajax.separate_tail}[recipe.tail]
+  if recipe.least_steps is not None:
+    return metajax.varying_steps(tail(schedule), at_least=recipe.least_steps)
+  return tail(schedule)
 
 
 def ship(
   recipe: Recipe, experiment: Experiment, state: metajax.MetaState, path: Path, about: Line
 ) -> None:
-  """Writes the learner file of a trained state."""
-  name, arguments = inner_optimizer(recipe)
+  """Writes the learner file of a trained state, of algorithms that adapt as such a file can say."""
+  if experiment.frozen is None:
+    return
+  name, arguments = algorithms.inner_optimizer(recipe)
   _, batch = max(recipe.shots_and_batches)
   metajax.save(
     path,
@@ -223,7 +219,7 @@ def ship(
     steps=recipe.eval_steps,
     batch_size=batch,
     loss={"name": "cross_entropy", "reduction": recipe.loss_reduction},
-    frozen=() if recipe.adapt_norm else (NORM,),
+    frozen=experiment.frozen,
     about={
       "data": recipe.data_name,
       "ways": recipe.ways,
@@ -236,7 +232,10 @@ def ship(
 
 
 def _outer_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-  rate = optax.linear_schedule(recipe.outer_rate, recipe.outer_rate_final, recipe.meta_steps)
+  first, last = recipe.outer_rate, recipe.outer_rate_final
+  rate = optax.linear_schedule(first, last, recipe.meta_steps)
+  if recipe.outer_schedule == "cosine":
+    rate = optax.cosine_decay_schedule(first, recipe.meta_steps, alpha=last / first)
   outer = {"sgd": optax.sgd, "adam": optax.adam}[recipe.outer_optimizer](rate)
   if recipe.outer_clip is None:
     return outer
@@ -257,19 +256,15 @@ def _evaluation(
   shots: int,
   batch: int,
   classes: metajax.data.Classes,
-  model: metajax.Model,
+  algorithm: Algorithm,
   learner: metajax.MetaLearner,
 ) -> Evaluation:
   """Accuracy on tasks of these classes by both protocols, after one adaptation."""
-  protocols = {
-    "transductive": metajax.transductive(model.apply),
-    "inductive": metajax.inductive(model.apply),
+  predict_all = lambda params, task: {
+    name: predict(params, task) for name, predict in algorithm.protocols.items()
   }
-  evaluate_task = metajax.evaluate(
-    learner,
-    metajax.cycling(recipe.eval_steps, batch),
-    lambda params, task: {name: predict(params, task) for name, predict in protocols.items()},
-  )
+  schedule = metajax.cycling(recipe.eval_steps, batch)
+  evaluate_task = metajax.evaluate(learner, schedule, predict_all)
   sample_task = metajax.data.few_shot.sample_task(
     classes, ways=recipe.ways, train_shots=shots, test_shots=recipe.eval_queries
   )

@@ -231,6 +231,9 @@ def _help(about: str, groups: Sequence[Settings], leave_out: Sequence[str]) -> s
       shown += f"=<{'|'.join(typing.get_args(kind))}>"
     if default is not None:
       shown += f" (default: {as_text(default)})"
+    if len(shown) > 100:  # many choices
+      wrapped = textwrap.wrap(shown.replace("|", "| "), 100, subsequent_indent="      ")
+      shown = "\n".join(wrapped).replace("| ", "|")
     lines += [shown, textwrap.fill(setting.metadata["help"], 96, initial_indent="      ",
       subsequent_indent="      ")]  # fmt: skip
   return "\n".join(lines)

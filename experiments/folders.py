@@ -284,7 +284,20 @@ def set_aside(path: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-  """Package versions and device, on which a result depends besides its flags."""
+  """Package versions, device and machine, on which a result depends besides its flags."""
   packages = ("metajax", "jax", "jaxlib", "flax", "optax", "numpy")
   found = {package: importlib.metadata.version(package) for package in packages}
-  return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}
+  return {
+    "python": platform.python_version(),
+    **found,
+    "device": jax.devices()[0].device_kind,
+    "machine": f"{_processor()}, {os.cpu_count()} cores",
+  }
+
+
+def _processor() -> str:
+  """The name of the processor, as far as it is known."""
+  information = Path("/proc/cpuinfo")
+  lines = information.read_text().splitlines() if information.exists() else []
+  names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+  return names[0] if names else platform.processor() or platform.machine()

@@ -28,9 +28,20 @@ class Training(Settings):
     "are skipped.")
   omniglot_protocol: Literal["pooled", "alphabets"] = option("pooled",
     "The paper's random 1200 and 423 characters, or the background and evaluation alphabets.")
-  algorithm: Literal["reptile", "fomaml", "maml", "combine", "joint"] = option("reptile",
+  algorithm: Literal["reptile", "fomaml", "maml", "combine", "joint", "scratch", "anil", "boil",
+    "meta_sgd", "layer_rates", "multi_step", "annealed", "imaml", "cavia",
+    "prototypical"] = option("reptile",
     "combine sums the inner optimizer's updates with --weights. joint is Reptile with one inner "
-    "step, which for SGD is joint training on all tasks.")
+    "step, which for SGD is joint training on all tasks. scratch learns nothing. anil adapts the "
+    "last layer only, boil all others. meta_sgd learns a rate for each number, layer_rates one for "
+    "each parameter. multi_step begins with the loss after every inner step, annealed with FOMAML, "
+    "and both become MAML. imaml takes implicit gradients, cavia adapts a context, and "
+    "prototypical compares with the mean of each class. All are explained in metajax.variants.")
+  early_steps: int | None = option(None,
+    "After how many meta-steps multi_step and annealed become MAML; by default half of all.",
+    at_least=0)
+  strength: float = option(1.0,
+    "lambda, how strongly the inner steps of imaml are drawn towards their start.", above=0)
   weights: tuple[float, ...] | None = option(None,
     "The weights of combine, one for each of --inner_steps.")
   ways: int = option(5, "Classes in a task.", at_least=2)
@@ -51,13 +62,21 @@ class Training(Settings):
   inner_batch: int = option(10, "Examples in an inner minibatch.", at_least=1)
   inner_steps: int = option(5,
     "k, the minibatches of a training task, the tail included.", at_least=1)
+  least_steps: int | None = option(None,
+    "If it is given, training tasks take different numbers of inner steps, from this one on to "
+    "--inner_steps less the tail.", at_least=1)
+  least_shots: int | None = option(None,
+    "If it is given, training tasks have different numbers of examples of each class, from this "
+    "one on to --train_shots less those of a separate tail.", at_least=1)
   loss_reduction: Literal["sum", "mean"] = option("sum", "Over the examples of a minibatch.")
   outer_optimizer: Literal["sgd", "adam"] = option("sgd",
     "Its gradient is phi - U^k(phi) for reptile and joint, that of the last loss for fomaml and "
     "maml, and the weighted sum for combine.")
   outer_rate: float = option(1.0, "The outer learning rate at the start.", above=0)
   outer_rate_final: float = option(0.0,
-    "The outer learning rate at the end; it falls linearly.", not_below=0)
+    "The outer learning rate at the end.", not_below=0)
+  outer_schedule: Literal["linear", "cosine"] = option("linear",
+    "How the outer learning rate falls.")
   outer_clip: float | None = option(None,
     "Clips every entry of the outer gradient to [-outer_clip, outer_clip].", above=0)
   meta_batch: int = option(5, "T, the tasks of a meta-step.", at_least=1)
@@ -194,12 +213,48 @@ class Recipe(Training, Judging, Cost):
         f"--inner_batch={self.inner_batch} cannot be drawn without duplicates from {examples} "
         "training examples: lower it, or use --minibatches=cycling"
       )
-    through_adam = self.algorithm == "maml" and self.inner_optimizer == "adam"
+    self._check_algorithm()
+
+  def _check_algorithm(self) -> None:
+    given = f"--algorithm={self.algorithm}"
+    through_adam = self.algorithm in _SECOND_ORDER and self.inner_optimizer == "adam"
     if through_adam and in_float32(self.inner_eps_root) == 0:
       raise ValueError(
-        "--algorithm=maml through --inner_optimizer=adam gives NaN where a gradient is 0: "
+        f"{given} through --inner_optimizer=adam gives NaN where a gradient is 0: "
         "set --inner_eps_root, say to 1e-8, or use --inner_optimizer=sgd"
       )
+    plain_sgd = self.inner_optimizer == "sgd" and self.adapt_norm
+    if self.algorithm in ("meta_sgd", "layer_rates") and not plain_sgd:
+      raise ValueError(
+        f"{given} learns the rates of SGD: use --inner_optimizer=sgd and --adapt_norm"
+      )
+    if self.algorithm == "imaml" and self.inner_state != "fresh":
+      raise ValueError(f"{given} begins each task with a new state: use --inner_state=fresh")
+    if self.algorithm == "cavia" and self.network == "resnet12":
+      raise ValueError(f"{given} is for networks with one line of convolutions: use conv4")
+    if self.algorithm == "multi_step" and self.inner_steps < 2:
+      raise ValueError(f"{given} has a loss after every inner step: use --inner_steps=2 or more")
+    if self.algorithm == "prototypical" and self.tail == "shared":
+      raise ValueError(f"{given} compares the tail with the other examples: use --tail=separate")
+    if self.algorithm == "scratch" and self.meta_steps > 1:
+      raise ValueError(f"{given} learns nothing: use --meta_steps=1")
+    if self.early_steps is not None and self.algorithm not in ("multi_step", "annealed"):
+      raise ValueError("--early_steps is of multi_step and annealed: leave it out")
+    if self.least_steps is not None and self.least_steps > self.inner_steps - 1:
+      raise ValueError(
+        f"--least_steps={self.least_steps} is more than the {self.inner_steps - 1} inner steps "
+        "before the tail: lower it, or raise --inner_steps"
+      )
+    if self.least_shots is not None:
+      if self.minibatches != "cycling":
+        raise ValueError("--least_shots is of --minibatches=cycling: leave one of them out")
+      if self.least_shots > self.train_shots - self.held_back:
+        raise ValueError(f"--least_shots={self.least_shots} is more than there are: lower it")
+
+  @property
+  def switch_at(self) -> int:
+    """The meta-steps after which multi_step and annealed become MAML."""
+    return self.meta_steps // 2 if self.early_steps is None else self.early_steps
 
   @property
   def held_back(self) -> int:
@@ -218,6 +273,10 @@ class Recipe(Training, Judging, Cost):
         f"--eval_shots={as_text(shots)}"
       )
     return list(zip(shots, batches * len(shots) if len(batches) == 1 else batches, strict=True))
+
+
+_SECOND_ORDER = ("maml", "anil", "boil", "meta_sgd", "layer_rates", "multi_step", "annealed",
+  "cavia")  # fmt: skip
 
 
 def _reptile(dataset: Any, ways: int, **changes: Any) -> Recipe:
@@ -318,8 +377,75 @@ PLAIN_SGD = Recipe(
   curve_splits=("test",),
 )
 
+
+def _of_family(algorithm: Any, **changes: Any) -> Recipe:
+  """5-way 1-shot Omniglot with the paper's network, by 24 gradients of losses in each meta-step.
+
+  A task has five inner steps on its five examples, and the loss of 15 others.
+  """
+  settings: dict[str, Any] = {
+    "train_shots": 4,
+    "tail": "separate",
+    "tail_shots": 3,
+    "inner_optimizer": "sgd",
+    "inner_rate": 0.2,
+    "inner_state": "fresh",
+    "inner_batch": 5,
+    "inner_steps": 6,
+    "loss_reduction": "mean",
+    "outer_optimizer": "adam",
+    "outer_rate": 1e-3,
+    "outer_schedule": "cosine",
+    "meta_batch": 4,
+    "meta_steps": 5_000,
+    "eval_steps": 5,
+  }
+  return Recipe(
+    dataset="omniglot",
+    algorithm=algorithm,
+    execution="serial",
+    eval_shots=(1,),
+    eval_queries=3,
+    eval_every=500,
+    eval_tasks=1_000,
+    curve_tasks=200,
+    **settings | changes,
+  )
+
+
+_AS_REPTILE = {
+  "train_shots": 10,
+  "tail": "shared",
+  "inner_optimizer": "adam",
+  "inner_rate": 1e-3,
+  "inner_state": "carried",
+  "inner_batch": 10,
+  "loss_reduction": "sum",
+  "outer_optimizer": "sgd",
+  "outer_rate": 1.0,
+  "outer_schedule": "linear",
+  "eval_steps": 50,
+}
+FAMILY: dict[str, Recipe] = {
+  "reptile": _of_family("reptile", **_AS_REPTILE),
+  "fomaml": _of_family("fomaml"),
+  "maml": _of_family("maml"),
+  "annealed": _of_family("annealed"),
+  "multi_step": _of_family("multi_step"),
+  "meta_sgd": _of_family("meta_sgd"),
+  "layer_rates": _of_family("layer_rates"),
+  "anil": _of_family("anil"),
+  "boil": _of_family("boil"),
+  "cavia": _of_family("cavia", inner_rate=1.0),
+  "imaml": _of_family("imaml"),
+  "prototypical": _of_family("prototypical", meta_batch=24),
+  "joint": _of_family("joint", **_AS_REPTILE | {"meta_batch": 24}),
+  "scratch": _of_family("scratch", **_AS_REPTILE | {"meta_steps": 1}),
+}
+
 PRESETS: dict[str, Recipe] = {
   "glyphs_5way_reptile": Recipe(),
   **{f"{name}_reptile": recipe for name, recipe in _REPTILE.items()},
   **_FINN,
+  **{f"family_{name}": recipe for name, recipe in FAMILY.items()},
 }

@@ -6,7 +6,14 @@ from types import ModuleType
 
 from metajax import data, losses, models, theory, training, variants
 from metajax.devices import cores_as_devices, task_mesh
-from metajax.episodes import cycling, replacement, separate_tail, shared_tail
+from metajax.episodes import (
+  cycling,
+  replacement,
+  separate_tail,
+  shared_tail,
+  varying_shots,
+  varying_steps,
+)
 from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interval, transductive
 from metajax.execution import Execution, serial, sharded, vmapped
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, skip_nonfinite
@@ -80,5 +87,7 @@ __all__ = [
   "training",
   "transductive",
   "variants",
+  "varying_shots",
+  "varying_steps",
   "vmapped",
 ]

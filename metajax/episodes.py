@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from metajax import checks
 from metajax.types import Episode, MakeEpisode, PRNGKey, Task, num_examples, take
@@ -64,6 +65,79 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
     return jax.vmap(draw)(jax.random.split(key, num_steps))
 
   return schedule
+
+
+def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: int = 1) -> Schedule:
+  """Like `cycling`, over a part of the examples whose size differs from task to task.
+
+  The number of shots is drawn uniformly, from `at_least` to those of the task. As many examples of
+  each class take part; the others are not used.
+
+  Args:
+    num_steps: `k`, the minibatches of one episode.
+    batch_size: `b`, the examples of one minibatch.
+    ways: the classes of a task, with equally many examples that are sorted by class, as those of
+      `few_shot.sample_task`; 1 where there are no classes.
+    at_least: the fewest shots.
+
+  Returns:
+    `(key, n) -> rows`, int32 `[k, b]`; it consumes the key.
+
+  Raises:
+    ValueError: if a size is below 1, or, when the schedule is drawn, if there are fewer shots, or
+      `n` is not a multiple of the ways.
+  """
+  checks.at_least_one(num_steps=num_steps, batch_size=batch_size, ways=ways, at_least=at_least)
+
+  def schedule(key: PRNGKey, n: int) -> jax.Array:
+    if n % ways or n // ways < at_least:
+      raise ValueError(
+        f"{n} examples are not at least {at_least} of each of {ways} classes: change ways, lower "
+        "at_least or raise the shots"
+      )
+    size_key, order_key = jax.random.split(key)
+    shots = jax.random.randint(size_key, (), at_least, n // ways + 1)
+    takes_part = jnp.arange(n) % (n // ways) < shots
+    passes = -(-num_steps * batch_size // (ways * at_least))  # no more than these are begun
+    scores = jnp.where(takes_part, jax.random.uniform(order_key, (passes, n)), 2.0)
+    shuffles = jnp.argsort(scores, axis=1).astype(jnp.int32)  # those that take part come first
+    place = jnp.arange(num_steps * batch_size)
+    rows = shuffles[place // (ways * shots), place % (ways * shots)]
+    return rows.reshape(num_steps, batch_size)
+
+  return schedule
+
+
+def varying_steps(make_episode: MakeEpisode, *, at_least: int = 1) -> MakeEpisode:
+  """Lets the number of inner steps differ from task to task; see `Episode.steps`.
+
+  It is drawn uniformly, from `at_least` to the k - 1 steps of the episode. A task takes as much
+  time as if it took all of them.
+
+  Args:
+    make_episode: from `shared_tail` or `separate_tail`.
+    at_least: the fewest steps.
+
+  Returns:
+    `(key, task) -> Episode`; it consumes the key.
+
+  Raises:
+    ValueError: if `at_least` is below 1, or, when an episode is made, if it has fewer steps.
+  """
+  checks.at_least_one(at_least=at_least)
+
+  def with_steps(key: PRNGKey, task: Task) -> Episode:
+    episode = make_episode(key, task)
+    most = episode.schedule.shape[0]
+    if most < at_least:
+      raise ValueError(
+        f"an episode has {most} inner steps before its tail, fewer than at_least={at_least}: lower "
+        "it, or draw more minibatches"
+      )
+    number_key = jax.random.fold_in(key, 0x73746570)  # independent of the episode's other keys
+    return episode._replace(steps=jax.random.randint(number_key, (), at_least, most + 1))
+
+  return with_steps
 
 
 def shared_tail(schedule: Schedule) -> MakeEpisode:

@@ -20,7 +20,7 @@ from metajax.inner import (
   initial_state,
   inner_step,
   inner_update,
-  step_keys,
+  turns,
 )
 from metajax.types import (
   Episode,
@@ -82,7 +82,7 @@ def reptile(
     learner, info = _until_tail(loss_fn, optimizer, start, episode)
     learner, last = inner_step(loss_fn, optimizer, learner, episode.tail, tail_key(episode))
     gradient = jax.tree.map(lambda phi, adapted: (phi - adapted) / stepsize, params, learner.params)
-    return gradient, end_task(optimizer, learner), _appended(info, last.loss, last.metrics)
+    return gradient, end_task(optimizer, learner), appended(info, last.loss, last.metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
@@ -111,7 +111,7 @@ def fomaml(
     learner, info = _until_tail(loss_fn, optimizer, start, episode)
     of_tail = jax.value_and_grad(last_loss, has_aux=True)
     (last, metrics), gradient = of_tail(learner.params, episode.tail, tail_key(episode))
-    return gradient, end_task(optimizer, learner), _appended(info, last, metrics)
+    return gradient, end_task(optimizer, learner), appended(info, last, metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
@@ -162,7 +162,7 @@ def maml(
       start = begin_task(optimizer, params, inner_state)
       learner, info = _until_tail(inner_loss, optimizer, start, episode, remat=remat)
       last, metrics = last_loss(learner.params, episode.tail, tail_key(episode))
-      return last, (end_task(optimizer, learner), _appended(info, last, metrics))
+      return last, (end_task(optimizer, learner), appended(info, last, metrics))
 
     gradient, (inner_state, info) = jax.grad(objective, has_aux=True)(params)
     return gradient, inner_state, info
@@ -181,7 +181,8 @@ def combine(
 
   With inner SGD of rate alpha, weights of one equal `reptile` with `stepsize=alpha`. The weights
   [0, ..., 0, 1] give g_k as `fomaml` does, but a `carried` optimizer hands on its state after k
-  steps instead of k - 1.
+  steps instead of k - 1. The gradients of steps that a task does not take (`Episode.steps`) count
+  as zero.
 
   Args:
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
@@ -207,23 +208,27 @@ def combine(
       weight: jax.Array,
       batch: Examples,
       key: PRNGKey | None,
+      taken: jax.Array | None = None,
     ) -> tuple[tuple[LearnerState, Params], Info]:
       learner, total = carry
-      learner, step = inner_step(loss_fn, optimizer, learner, batch, key)
+      learner, step = inner_step(loss_fn, optimizer, learner, batch, key, taken=taken)
       terms = jax.tree.map(jnp.negative, step.update) if of_updates else step.grads
       total = jax.tree.map(lambda t, term: t + (weight * term).astype(t.dtype), total, terms)
       return (learner, total), Info(step.loss, step.metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     carry, info = jax.lax.scan(
-      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1]), turn[2]),
+      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1].rows), *turn[1][1:]),
       (begin_task(optimizer, params, inner_state), zeros),
-      (jnp.asarray(coefficients[:-1]), episode.schedule, step_keys(loss_fn, episode.key, k - 1)),
+      (
+        jnp.asarray(coefficients[:-1]),
+        turns(loss_fn, episode.schedule, episode.key, episode.steps),
+      ),
     )
     (learner, gradient), last = advance(
       carry, jnp.asarray(coefficients[-1]), episode.tail, tail_key(episode)
     )
-    return gradient, end_task(optimizer, learner), _appended(info, last.losses, last.metrics)
+    return gradient, end_task(optimizer, learner), appended(info, last.losses, last.metrics)
 
   return MetaGradient(
     partial(initial_state, optimizer), estimate, partial(_adapt, loss_fn, optimizer)
@@ -258,8 +263,8 @@ def _until_tail(
   **options: bool,
 ) -> tuple[LearnerState, Info]:
   """The first k - 1 inner steps of an episode."""
-  pool, schedule, _, key = episode
-  return inner_update(loss_fn, optimizer, start, pool, schedule, key, **options)
+  pool, schedule, _, key, steps = episode
+  return inner_update(loss_fn, optimizer, start, pool, schedule, key, steps=steps, **options)
 
 
 def tail_key(episode: Episode) -> PRNGKey | None:
@@ -269,7 +274,7 @@ def tail_key(episode: Episode) -> PRNGKey | None:
   return jax.random.fold_in(episode.key, num_steps(episode.schedule))
 
 
-def _appended(info: Info, loss: jax.Array, metrics: dict[str, jax.Array] | None) -> Info:
+def appended(info: Info, loss: jax.Array, metrics: dict[str, jax.Array] | None) -> Info:
   """The Info of all k losses. A metric that only some of them return has fewer entries."""
   parts = [info.metrics or {}, jax.tree.map(lambda leaf: leaf[None], metrics or {})]
   together = {}

@@ -35,6 +35,14 @@ class Step(NamedTuple):
   metrics: dict[str, jax.Array]  # what the loss returned beside its value
 
 
+class Turn(NamedTuple):
+  """What an inner step is given, besides the learner."""
+
+  rows: jax.Array  # int32 [b], the minibatch's rows of the pool
+  key: PRNGKey | None  # for a loss that draws random numbers
+  taken: jax.Array | None  # whether the step is taken; None for yes
+
+
 class Info(NamedTuple):
   """What may be logged about the losses of a task.
 
@@ -133,6 +141,8 @@ def inner_step(
   learner: LearnerState,
   batch: Examples,
   key: PRNGKey | None = None,
+  *,
+  taken: jax.Array | None = None,
 ) -> tuple[LearnerState, Step]:
   """One step phi_{i+1} = U_i(phi_i); for SGD phi_i - alpha L_i'(phi_i) (Equation 10).
 
@@ -145,6 +155,8 @@ def inner_step(
     learner: phi_i and the optimizer's state.
     batch: the minibatch of L_i, `[b, ...]`.
     key: for a loss that draws random numbers.
+    taken: a bool. If it is False, the learner stays as it was, and the gradient and the update of
+      the `Step` are zero. None is True.
 
   Returns:
     The learner after the step, and the `Step`.
@@ -165,6 +177,10 @@ def inner_step(
     grad=grads,
     value_fn=lambda params: loss_fn(params, batch, key)[0],
   )
+  if taken is not None:
+    where = lambda new, old: jnp.where(taken, new, old)
+    opt_state = jax.tree.map(where, opt_state, learner.opt_state)
+    grads, update = jax.tree.map(lambda leaf: where(leaf, jnp.zeros_like(leaf)), (grads, update))
   params = optax.apply_updates(learner.params, update)
   return LearnerState(params, opt_state), Step(loss, grads, update, metrics)
 
@@ -177,6 +193,7 @@ def inner_update(
   schedule: jax.Array,
   key: PRNGKey | None = None,
   *,
+  steps: jax.Array | None = None,
   remat: bool = False,
 ) -> tuple[LearnerState, Info]:
   """U^k(phi): one step for each row of the schedule, as a single scan (Equation 1).
@@ -188,32 +205,35 @@ def inner_update(
     pool: the task's examples `[n, ...]`.
     schedule: int32 `[k, b]`, the rows of the pool that each step sees.
     key: for a loss that draws random numbers; step i is given `fold_in(key, i)`, counted from 0.
+    steps: how many steps are taken, on the first rows, as an int32; None for all. The losses of the
+      other rows are those of the parameters that the last step led to.
     remat: recompute the activations of a step when differentiating through it, instead of keeping
       them in memory.
 
   Returns:
-    The learner after `k` steps, and the `Info` of its losses.
+    The learner after the steps, and the `Info` of the `k` losses.
 
   Raises:
     ValueError: as `inner_step`, or if the schedule is not rows `[k, b]`.
   """
 
-  def body(
-    learner: LearnerState, turn: tuple[jax.Array, PRNGKey | None]
-  ) -> tuple[LearnerState, Info]:
-    rows, key = turn
-    learner, step = inner_step(loss_fn, optimizer, learner, take(pool, rows), key)
+  def body(learner: LearnerState, turn: Turn) -> tuple[LearnerState, Info]:
+    batch = take(pool, turn.rows)
+    learner, step = inner_step(loss_fn, optimizer, learner, batch, turn.key, taken=turn.taken)
     return learner, Info(step.loss, step.metrics)
 
   step, k = jax.checkpoint(body) if remat else body, num_steps(schedule)
-  return jax.lax.scan(step, learner, (schedule, step_keys(loss_fn, key, k)), length=k)
+  return jax.lax.scan(step, learner, turns(loss_fn, schedule, key, steps), length=k)
 
 
-def step_keys(loss_fn: LossFn, key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
-  """The keys of the first steps, `fold_in(key, i)` `[num_steps]`; None if the loss has no key."""
-  if key is None or not checks.asks_for_key(loss_fn):
-    return None
-  return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(num_steps))
+def turns(
+  loss_fn: LossFn, schedule: jax.Array, key: PRNGKey | None, steps: jax.Array | None
+) -> Turn:
+  """The turns of the inner steps on a schedule `[k, b]`, to be scanned over: see `inner_update`."""
+  numbers, keys = jnp.arange(num_steps(schedule)), None
+  if key is not None and checks.asks_for_key(loss_fn):
+    keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+  return Turn(schedule, keys, None if steps is None else numbers < steps)
 
 
 def forward_over_reverse(loss_fn: LossFn) -> LossFn:

@@ -49,12 +49,15 @@ class Episode(NamedTuple):
     schedule: int32 `[k - 1, b]`, rows of the pool.
     tail: `[m, ...]`; `m` need not equal `b`.
     key: for losses that draw random numbers, such as dropout: L_i is given `fold_in(key, i)`.
+    steps: int32, how many of the `k - 1` inner steps this task takes, where tasks take different
+      numbers of them; None for all.
   """
 
   pool: Examples
   schedule: jax.Array
   tail: Examples
   key: PRNGKey | None = None
+  steps: jax.Array | None = None
 
 
 # A loss is a function of parameters and a minibatch. It returns a scalar, or a scalar and a dict of

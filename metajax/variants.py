@@ -9,18 +9,22 @@ import numpy as np
 import optax
 
 from metajax import checks
-from metajax.gradients import MetaGradient, maml, reptile, tail_key
+from metajax.gradients import MetaGradient, appended, maml, reptile, tail_key
 from metajax.inner import (
+  Carried,
   Info,
   LearnerState,
+  Turn,
   begin_task,
+  carried,
   end_task,
   forward_over_reverse,
   inner_step,
   inner_update,
-  step_keys,
+  turns,
 )
 from metajax.losses import cross_entropy
+from metajax.meta import MetaLearner, MetaState
 from metajax.types import (
   Apply,
   Episode,
@@ -32,6 +36,7 @@ from metajax.types import (
   PRNGKey,
   Task,
   leaf_name,
+  num_examples,
   num_steps,
   take,
 )
@@ -163,6 +168,8 @@ def cavia(
     An estimator of the gradient of theta. Its `adapt` returns `WithContext`.
   """
   inner = only(optimizer, lambda name: name.startswith("context"))
+  if isinstance(optimizer, Carried):
+    inner = carried(inner)
   whole = maml(loss_fn, inner, outer_loss=outer_loss, **options)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), context)
 
@@ -228,9 +235,13 @@ def imaml(
     iterations: of conjugate gradients.
 
   Raises:
-    ValueError: if lambda is not positive, or there is no iteration.
+    ValueError: if lambda is not positive, there is no iteration, or the optimizer is `carried`.
   """
   checks.at_least_one(iterations=iterations)
+  if isinstance(optimizer, Carried):
+    raise ValueError(
+      "the inner steps of imaml begin anew in each task: give the optimizer without carried"
+    )
   if not strength > 0:
     raise ValueError(f"strength must be positive, not {strength}")
   inner = optax.chain(towards_start(strength), optimizer)
@@ -239,19 +250,19 @@ def imaml(
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
-    key = tail_key(episode)
-    start = begin_task(inner, params, inner_state)
-    learner, info = inner_update(loss_fn, inner, start, episode.pool, episode.schedule, episode.key)
+    pool, schedule, tail, step_key, steps = episode
+    key, start = tail_key(episode), begin_task(inner, params, inner_state)
+    learner, info = inner_update(loss_fn, inner, start, pool, schedule, step_key, steps=steps)
     of_tail = jax.value_and_grad(last_loss, has_aux=True)
-    (last, _), gradient = of_tail(learner.params, episode.tail, key)
-    slope = jax.grad(lambda params: of_pool(params, episode.pool, key)[0])
+    (last, metrics), gradient = of_tail(learner.params, tail, key)
+    slope = jax.grad(lambda params: of_pool(params, pool, key)[0])
 
     def product(vector: Params) -> Params:
       curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
       return jax.tree.map(lambda v, c: v + c / strength, vector, curvature)
 
     gradient, _ = jax.scipy.sparse.linalg.cg(product, gradient, maxiter=iterations)
-    return gradient, end_task(inner, learner), Info(jnp.append(info.losses, last))
+    return gradient, end_task(inner, learner), appended(info, last, metrics)
 
   return reptile(loss_fn, inner)._replace(estimate=estimate)  # which adapts and begins alike
 
@@ -267,7 +278,8 @@ def multi_step(
   """MAML with a loss of the tail after every inner step (MAML++, Antoniou et al. 2019).
 
   The meta-gradient is d/dphi of w_1 L(phi_2) + ... + w_{k-1} L(phi_k), with L the loss of the tail
-  and phi_{i+1} the parameters after i inner steps. The weights [0, ..., 0, 1] are MAML.
+  and phi_{i+1} the parameters after i inner steps. The weights [0, ..., 0, 1] are MAML. If a task
+  takes fewer steps than others (`Episode.steps`), its last parameters count for the rest.
 
   Args:
     loss_fn: as for `maml`.
@@ -294,29 +306,58 @@ def multi_step(
       )
     key = tail_key(episode)
 
-    def advance(learner: LearnerState, turn: Any) -> tuple[LearnerState, tuple[Any, Any]]:
-      rows, step_key = turn
-      batch = take(episode.pool, rows)
-      learner, step = inner_step(inner_loss, optimizer, learner, batch, step_key)
-      return learner, (step.loss, last_loss(learner.params, episode.tail, key)[0])
+    def advance(learner: LearnerState, turn: Turn) -> tuple[LearnerState, tuple[Info, Info]]:
+      batch = take(episode.pool, turn.rows)
+      learner, step = inner_step(inner_loss, optimizer, learner, batch, turn.key, taken=turn.taken)
+      of_tail = last_loss(learner.params, episode.tail, key)
+      return learner, (Info(step.loss, step.metrics), Info(*of_tail))
 
-    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, jax.Array]]:
+    def objective(params: Params) -> tuple[jax.Array, tuple[InnerState, Info]]:
       start = begin_task(optimizer, params, inner_state)
-      turns = (episode.schedule, step_keys(inner_loss, episode.key, k - 1))
-      learner, (losses, of_tail) = jax.lax.scan(advance, start, turns)
-      total = jnp.sum(jnp.asarray(coefficients, of_tail.dtype) * of_tail)
-      return total, (end_task(optimizer, learner), jnp.append(losses, of_tail[-1]))
+      each = turns(inner_loss, episode.schedule, episode.key, episode.steps)
+      learner, (info, of_tail) = jax.lax.scan(advance, start, each)
+      total = jnp.sum(jnp.asarray(coefficients, of_tail.losses.dtype) * of_tail.losses)
+      last = jax.tree.map(lambda leaf: leaf[-1], of_tail)
+      return total, (end_task(optimizer, learner), appended(info, last.losses, last.metrics))
 
-    gradient, (inner_state, losses) = jax.grad(objective, has_aux=True)(params)
-    return gradient, inner_state, Info(losses)
+    gradient, (inner_state, info) = jax.grad(objective, has_aux=True)(params)
+    return gradient, inner_state, info
 
   return whole._replace(estimate=estimate)
+
+
+def switched(first: MetaLearner, then: MetaLearner, at: int) -> MetaLearner:
+  """Learns by one learner in the first meta-steps, and by another one from then on.
+
+  MAML++ (Antoniou et al. 2019) begins with first-order gradients, which are cheaper, and with
+  losses after every inner step, which are steadier, and ends in MAML:
+
+  >>> early, late = (
+  ...   metajax.meta_learner(make(loss_fn, inner), outer, execution)
+  ...   for make in (metajax.fomaml, metajax.maml)
+  ... )
+  >>> learner = switched(early, late, at=5_000)
+
+  Both learners must have the same states and the same number of losses. The learner adapts as the
+  second one does.
+
+  Args:
+    first: for the meta-steps before `at`.
+    then: for the others.
+    at: the number of meta-steps after which the learners are switched.
+  """
+
+  def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
+    return jax.lax.cond(state.step < at, first.step, then.step, state, episodes)
+
+  return then._replace(step=step)
 
 
 def nearest_prototype(embed: Apply, ways: int) -> Predict:
   """Predicts by the distance to the mean embedding of each class (Snell et al. 2017).
 
   The outputs are -||f(x) - c_j||^2, with c_j the mean of f over the training examples of class j.
+  All examples are embedded in one forward pass, as in the authors' code.
 
   Args:
     embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`, such as a network with d outputs.
@@ -329,10 +370,11 @@ def nearest_prototype(embed: Apply, ways: int) -> Predict:
   checks.at_least_one(ways=ways)
 
   def predict(params: Params, task: Task) -> jax.Array:
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), task.train.inputs, task.test.inputs)
+    train, test = jnp.split(embed(params, both), [num_examples(task.train)])
     members = jax.nn.one_hot(task.train.targets, ways, axis=0)  # [ways, n]
-    sums = members @ embed(params, task.train.inputs)
-    prototypes = sums / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1)
-    apart = embed(params, task.test.inputs)[:, None] - prototypes
+    prototypes = members @ train / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1)
+    apart = test[:, None] - prototypes
     return -jnp.sum(jnp.square(apart), axis=-1)
 
   return predict

@@ -28,13 +28,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # those that are meant to notice, the quickest first
-  "inner": ["test_two_steps", "test_gradients", "test_seams", "test_bad_input", "test_evaluation"],
-  "gradients": ["test_two_steps", "test_gradients", "test_seams", "test_bad_input"],
+  "inner": ["test_two_steps", "test_gradients", "test_loss_forms", "test_seams", "test_bad_input"],
+  "gradients": [
+    "test_two_steps",
+    "test_gradients",
+    "test_loss_forms",
+    "test_seams",
+    "test_bad_input",
+  ],
   "episodes": ["test_episodes", "test_bad_input", "test_fuzz", "test_seams"],
   "execution": ["test_two_steps", "test_execution", "test_meta", "test_bad_input", "test_seams"],
   "meta": ["test_two_steps", "test_meta", "test_bad_input", "test_evaluation", "test_seams"],
   "evaluation": ["test_evaluation", "test_bad_input", "test_seams", "test_execution"],
   "losses": ["test_losses", "test_bad_input", "test_seams"],
+  "variants": ["test_variants", "test_two_steps", "test_loss_forms"],
+  "learned": ["test_learned", "test_adapt", "test_bad_input"],
+  "models/fast/blocks": ["test_fast", "test_models"],
+  "models/fast/convolution": ["test_fast", "test_models"],
+  "data/few_shot": ["test_data", "test_bad_input", "test_fuzz"],
+  "data/class_folders": ["test_data"],
 }
 SWAPPED = {
   ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,

@@ -24,7 +24,7 @@ FLOORS = {
   "execution": 4,
   "meta": 5,
   "theory": 4,
-  "variants": 4,
+  "variants": 6,
   "evaluation": 6,
   "checkpoint": 6,
   "learned": 7,

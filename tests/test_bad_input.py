@@ -51,6 +51,8 @@ def cases(table):
 
 SEPARATE, COMBINE = {"tail": "separate"}, {"algorithm": "combine"}
 MAML, CHUNKED = {"algorithm": "maml"}, {"execution": "chunked"}
+RATES = {"algorithm": "meta_sgd"}
+LOSSES = {"algorithm": "multi_step", "inner_optimizer": "sgd"}
 
 FEW_SHOT = [
   ("one way", {"ways": 1}, "--ways=1 must be at least 2"),
@@ -112,7 +114,18 @@ FEW_SHOT = [
   ("MAML through Adam", MAML, "gives NaN .* set --inner_eps_root, say to 1e-8"),
   ("MAML, eps lost", {**MAML, "inner_eps_root": 1e-60}, "gives NaN .* set --inner_eps_root"),
   ("unknown data", {"dataset": "cifar"}, "--dataset=cifar must be one of glyphs, omniglot, mini"),
-  ("unknown algorithm", {"algorithm": "anil"}, "--algorithm=anil must be one of reptile, fomaml"),
+  ("unknown algorithm", {"algorithm": "mmal"}, "--algorithm=mmal must be one of reptile, fomaml"),
+  ("ANIL through Adam", {"algorithm": "anil"}, "=anil through .*=adam gives NaN where a grad"),
+  ("rates of Adam", {**RATES, "inner_eps_root": 1e-8}, "learns the rates of SGD: use --inner_opt"),
+  ("rates, fixed norm", {**RATES, "inner_optimizer": "sgd", "adapt_norm": False}, "--adapt_norm"),
+  ("carried iMAML", {"algorithm": "imaml"}, "with a new state: use --inner_state=fresh"),
+  ("no inner loss", {**LOSSES, "inner_steps": 1}, "after every inner step: use --inner_steps=2"),
+  ("prototypes of all", {"algorithm": "prototypical"}, "tail with the other examples: use --tail="),
+  ("idle training", {"algorithm": "scratch"}, "learns nothing: use --meta_steps=1"),
+  ("idle early steps", {"early_steps": 3}, "--early_steps is of multi_step and annealed: leave"),
+  ("too many steps", {"least_steps": 2}, "--least_steps=2 is more than the 1 inner steps before"),
+  ("too many shots", {"least_shots": 4}, "--least_shots=4 is more than there are: lower it"),
+  ("shots of others", {"least_shots": 1, "minibatches": "replacement"}, "leave one of them out"),
   ("unknown tail", {"tail": "long"}, "--tail=long must be one of shared, separate"),
   ("no download", {"dataset": "mini_imagenet"}, "cannot be downloaded .* give, as data_dir"),
   ("no folder", {"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder: give"),

@@ -1,7 +1,9 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metajax
@@ -77,3 +79,62 @@ def test_a_separate_tail_needs_two_losses():
 def test_sizes_must_be_positive(draw, sizes):
   with pytest.raises(ValueError, match="at least 1"):
     draw(*sizes)
+
+
+def test_varying_shots_draws_as_many_of_each_class():
+  ways, shots = 3, 5
+  schedule = jax.jit(metajax.varying_shots(4, 6, ways=ways, at_least=2), static_argnums=1)
+  sizes = []
+  for seed in range(60):
+    rows = np.asarray(schedule(jax.random.key(seed), ways * shots))
+    assert rows.shape == (4, 6) and rows.dtype == np.int32
+    drawn = np.unique(rows)
+    each = np.bincount(drawn // shots, minlength=ways)
+    assert np.all(each == each[0])  # 24 rows are at least one pass over all that take part
+    assert np.all(drawn % shots < each[0])
+    sizes.append(each[0])
+    stream, total = rows.reshape(-1), ways * each[0]
+    for first in range(0, len(stream), total):
+      one_pass = stream[first : first + total]
+      assert len(set(one_pass)) == len(one_pass)
+  assert set(sizes) == {2, 3, 4, 5} and all(sizes.count(size) > 5 for size in (2, 3, 4, 5))
+
+
+def test_varying_shots_of_all_examples_shuffle_each_pass():
+  rows = np.asarray(metajax.varying_shots(3, 7, at_least=7)(KEY, 7))
+  assert all(sorted(row) == list(range(7)) for row in rows) and len(set(map(tuple, rows))) == 3
+
+
+def test_varying_steps_draws_every_number_of_steps():
+  make_episode = metajax.varying_steps(metajax.shared_tail(metajax.cycling(5, 4)), at_least=2)
+  keys = jax.random.split(KEY, 200)
+  steps = np.asarray(jax.vmap(lambda key: make_episode(key, task()).steps)(keys))
+  assert set(steps) == {2, 3, 4} and all(np.mean(steps == n) > 0.2 for n in (2, 3, 4))
+  plain = metajax.shared_tail(metajax.cycling(5, 4))(KEY, task())
+  same = make_episode(KEY, task())
+  jax.tree.map(np.testing.assert_array_equal, same[:3], plain[:3])
+  assert same.key == plain.key
+
+
+def test_varying_sizes_that_cannot_be_are_refused():
+  with pytest.raises(ValueError, match="10 examples are not at least 1 of each of 3 classes"):
+    metajax.varying_shots(2, 3, ways=3)(KEY, 10)
+  with pytest.raises(ValueError, match="9 examples are not at least 4 of each of 3 classes"):
+    metajax.varying_shots(2, 3, ways=3, at_least=4)(KEY, 9)
+  with pytest.raises(ValueError, match="4 inner steps before its tail, fewer than at_least=5"):
+    metajax.varying_steps(metajax.shared_tail(metajax.cycling(5, 4)), at_least=5)(KEY, task())
+
+
+def test_tasks_with_different_steps_run_in_every_execution():
+  learned = []
+  loss = metajax.losses.squared_error(lambda params, x: x * params, reduction="mean")
+  sample = metajax.data.sine.sample_task(metajax.data.sine.uniform_points(6))
+  make_episode = metajax.varying_steps(metajax.shared_tail(metajax.varying_shots(4, 3, at_least=2)))
+  for execution in (metajax.vmapped(3), metajax.serial(3), metajax.sharded(3)):
+    learner = metajax.meta_learner(metajax.maml(loss, optax.sgd(0.01)), optax.sgd(0.1), execution)
+    state, _ = jax.jit(metajax.run(learner, sample, make_episode, 3))(
+      learner.init(jnp.ones(())), KEY
+    )
+    learned.append(float(state.params))
+  np.testing.assert_allclose(learned, learned[0], rtol=1e-5)
+  assert learned[0] != 1.0

@@ -10,6 +10,7 @@ import pytest
 
 import metajax
 from experiments import (
+  algorithms,
   build,
   cli,
   few_shot,
@@ -19,6 +20,8 @@ from experiments import (
   runs,
 )
 from experiments.recipes import PRESETS, Recipe
+from metajax import variants
+from metajax.types import leaf_name
 from tests.problems import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,10 +300,19 @@ VARIANTS = [
   {"algorithm": "fomaml", "execution": "chunked", "chunk": 2, "outer_clip": 10.0},
   {"algorithm": "maml", "inner_eps_root": 1e-8, "execution": "serial", "inner_state": "fresh"},
   {"algorithm": "combine", "weights": (0.5, 2.0), "eval_shots": (1, 2)},
+  {"algorithm": "scratch", "meta_steps": 1, "outer_schedule": "cosine"},
+  {"algorithm": "maml", "inner_optimizer": "sgd", "least_steps": 1, "least_shots": 2},
 ]
 
 
+_THROUGH_SGD = {"inner_optimizer": "sgd", "inner_steps": 3, "filters": 2}
 NETWORKS = [
+  *(
+    {"algorithm": name, **_THROUGH_SGD}
+    for name in ("anil", "boil", "meta_sgd", "layer_rates", "multi_step", "annealed", "cavia")
+  ),
+  {"algorithm": "imaml", "inner_state": "fresh"},
+  {"algorithm": "prototypical", "tail": "separate"},
   {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "network": "finn"},
   {"algorithm": "fomaml", "adapt_norm": False, "execution": "serial"},
 ]
@@ -317,7 +329,7 @@ def trace(recipe, splits):
   after, info = jax.eval_shape(run, state, key)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   k = 1 if recipe.algorithm == "joint" else recipe.inner_steps
-  assert info.losses.shape == (1, k)
+  assert info.losses.shape == (1, 1 if recipe.algorithm == "prototypical" else k)
   assert set(experiment.evaluations) == {"test", *recipe.curve_splits}
   evaluations = experiment.evaluations["test"]
   assert list(evaluations) == [f"{shots}-shot" for shots in recipe.eval_shots]
@@ -337,6 +349,49 @@ def test_every_choice_composes(variant, splits, linear_network):
 @pytest.mark.parametrize("variant", NETWORKS, ids=lambda variant: variant["algorithm"])
 def test_every_network_composes(variant, splits):
   trace(tiny(**variant), splits)
+
+
+def test_anil_and_boil_divide_the_network_at_its_last_layer():
+  network = metajax.models.resnet12(8, 3, filters=(2, 2))
+  body, head = (algorithms.not_adapted(name, network) for name in ("anil", "boil"))
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  assert head == ("Dense_2/",)  # behind those of the two blocks
+  assert set(names) - set(body) == {"Dense_2/kernel", "Dense_2/bias"}
+
+
+def test_a_context_scales_and_shifts_a_layer():
+  network = metajax.models.omniglot(3, filters=2)
+  build_it = lambda name: algorithms.build(tiny(algorithm=name, inner_optimizer="sgd"), network)
+  model, images = build_it("cavia").model, jax.random.normal(jax.random.key(1), (4, 28, 28, 1))
+  params = model.init(jax.random.key(0))
+  without = network.apply(params["network"], images)
+  apply = lambda context: model.apply(variants.WithContext(params, context), images)
+  np.testing.assert_array_equal(apply(np.zeros(100, np.float32)), without)
+  np.testing.assert_array_equal(model.apply(params, images), without)
+  context = np.random.default_rng(0).normal(size=100).astype(np.float32)
+  factor, shift = np.einsum("c,ckn->kn", context, params["film"])
+  by_hand = jax.tree.map(lambda leaf: leaf, params["network"])
+  layer = by_hand["BatchStatsNorm_2"]
+  layer["scale"] = (1 + factor) * layer["scale"]
+  layer["bias"] = (1 + factor) * layer["bias"] + shift
+  np.testing.assert_allclose(apply(context), network.apply(by_hand, images), rtol=1e-4, atol=1e-5)
+  assert np.abs(apply(context) - without).max() > 0.1
+
+
+def test_prototypes_without_transduction_see_one_test_example(splits, linear_network):
+  recipe = tiny(algorithm="prototypical", tail="separate", inner_batch=3)
+  network = metajax.models.omniglot(64, filters=2)
+  protocols = algorithms.build(recipe, network).protocols
+  params = network.init(jax.random.key(0))
+  sample = metajax.data.few_shot.sample_task(splits.test, ways=3, train_shots=1, test_shots=2)
+  task = sample(jax.random.key(1))
+  alone = protocols["inductive"](params, task)
+  for row in (0, 5):
+    one = task._replace(test=jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], task.test))
+    expected = protocols["transductive"](params, one)
+    np.testing.assert_allclose(alone[row : row + 1], expected, rtol=1e-4, atol=1e-3)
+  assert np.abs(alone - protocols["transductive"](params, task)).max() > 1e-2
 
 
 def test_inner_steps_leave_normalization_alone(splits):

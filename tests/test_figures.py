@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import metajax
-from experiments import cli, combinations, expansions, folders, jobs, overlap, runs, sine
+from experiments import cli, combinations, expansions, family, folders, jobs, overlap, runs, sine
 from experiments.combinations import Curves
 from experiments.overlap import Panels
+from experiments.recipes import FAMILY
 
 
 def execute(module, *groups, **options):
@@ -43,6 +44,45 @@ def test_combinations_draw_figure_3(tmp_path, glyphs, one_device):
   with pytest.raises(ValueError, match="then --ways=3; now --ways=4"):
     execute(combinations, curves, replace(recipe, ways=4), out=out)
   assert (tmp_path / "figure3.png").exists() and (tmp_path / "figure3.svg").exists()
+
+
+def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
+  tiny = {**TINY, "train_shots": 3, "tail_shots": 1}
+  for name, recipe in FAMILY.items():
+    monkeypatch.setitem(FAMILY, name, replace(recipe, **{**tiny, "meta_steps": 1}))
+  methods = ("meta_sgd", "prototypical")
+  chosen = family.Family(methods=methods, meta_steps=2, wave_steps=2, eval_tasks=4, seed=3)
+  result = execute(family, chosen, out=str(tmp_path))
+  assert tuple(result["methods"]) == methods
+  for name, row in result["methods"].items():
+    assert set(row["cells"]) == {"1-shot transductive", "1-shot inductive"}
+    assert ("waves" in row) == (name != "prototypical")
+    assert f"--algorithm={name}" in (tmp_path / name / "seed3" / "flags.txt").read_text()
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed*/result.json")}
+  again = execute(family, replace(chosen, methods=("meta_sgd",)), out=str(tmp_path))
+  assert again["methods"] == result["methods"]
+  assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed*/result.json")}
+  (tmp_path / "family.png").unlink()
+  execute(family, family.Family(), out=str(tmp_path), plot_only=True)
+  assert (tmp_path / "family.png").exists() and (tmp_path / "family.svg").exists()
+
+
+def test_all_methods_of_the_family_take_the_gradients_of_as_many_losses():
+  for name, recipe in FAMILY.items():
+    each = 1 if name in ("joint", "prototypical") else recipe.inner_steps
+    assert recipe.meta_batch * each == 24, name
+  assert set(FAMILY) == set(family.TITLES)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "prototypical"])
+def test_every_method_composes_on_waves(name):
+  model, learner, sample_task, make_episode = family.wave_learner(name, 10)
+  state = learner.init(model.init(jax.random.key(0)))
+  many_steps = metajax.run(learner, sample_task, make_episode, 1)
+  after, info = jax.eval_shape(many_steps, state, jax.random.key(1))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  tasks_and_losses = learner.execution.num_tasks * info.losses.shape[1]
+  assert tasks_and_losses == 24
 
 
 def test_the_ten_curves_of_figure_3():

@@ -188,7 +188,21 @@ def test_any_arrays_become_classes_or_are_refused(rows):
 # Flags
 
 CHOICES = {
-  "algorithm": ["reptile", "fomaml", "maml", "combine", "joint", "anil"],
+  "algorithm": [
+    "reptile",
+    "fomaml",
+    "maml",
+    "combine",
+    "joint",
+    "scratch",
+    "multi_step",
+    "annealed",
+    "meta_sgd",
+    "layer_rates",
+    "imaml",
+    "prototypical",
+    "reptil",
+  ],
   "tail": ["shared", "separate"],
   "minibatches": ["cycling", "replacement"],
   "inner_optimizer": ["adam", "sgd"],
@@ -269,6 +283,8 @@ def test_flags_that_pass_can_be_traced(algorithm, linear_network):
   def check(flags):
     if algorithm == "combine":
       flags["weights"] = (-1.0, 0.5, 2.0)[: flags["inner_steps"]]
+    if algorithm == "scratch":
+      flags["meta_steps"] = 1
     try:
       chosen = Recipe(**flags | {"algorithm": algorithm})
     except ValueError as error:

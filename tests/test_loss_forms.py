@@ -64,6 +64,7 @@ ALGORITHMS = {
   "maml_reverse": lambda loss, inner: metajax.maml(loss, inner, mixed_mode=False),
   "maml_remat": lambda loss, inner: metajax.maml(loss, inner, remat=True),
   "combine": lambda loss, inner: metajax.combine(loss, inner, np.full(4, RATE)),
+  "maml_multi_step": lambda loss, inner: metajax.variants.multi_step(loss, inner, [0, 0, 1]),
 }
 
 

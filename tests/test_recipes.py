@@ -13,12 +13,14 @@ from absl import flags
 import metajax
 from experiments import build, cli, combinations, few_shot, overlap
 from experiments.processes import Processes
-from experiments.recipes import PRESETS, Cost, Judging, Recipe, Training
+from experiments.recipes import FAMILY, PRESETS, Cost, Judging, Recipe, Training
 from experiments.settings import Settings, as_text, option, values_of
 from tests.test_experiments import fake_images, trace
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERS = {name: recipe for name, recipe in PRESETS.items() if not name.startswith("glyphs")}
+PAPERS = {
+  name: recipe for name, recipe in PRESETS.items() if not name.startswith(("glyphs", "family"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,11 @@ def blank():
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_preset_can_be_traced(name, blank, linear_network):
   trace(PRESETS[name], blank[PRESETS[name].dataset])
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_preset_of_the_family_can_be_traced(name, blank):
+  trace(dataclasses.replace(FAMILY[name], filters=2), blank["omniglot"])
 
 
 @pytest.mark.parametrize("name", PAPERS)

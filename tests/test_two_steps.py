@@ -172,3 +172,46 @@ def test_two_meta_steps_are_those_of_plain_loops(x64, algorithm, optimizer, exec
       found if in_turn else found[:NUM_TASKS],
       states[0][name] if in_turn else [s[name] for s in states],
     )
+
+
+SHORTER = {
+  "reptile": lambda steps: metajax.reptile,
+  "fomaml": lambda steps: metajax.fomaml,
+  "maml": lambda steps: metajax.maml,
+  "combine": lambda steps: (
+    lambda loss, inner: metajax.combine(loss, inner, [*WEIGHTS[:steps], WEIGHTS[-1]])
+  ),
+  "imaml": lambda steps: lambda loss, inner: metajax.variants.imaml(loss, inner, 0.5),
+  "multi_step": lambda steps: (
+    lambda loss, inner: metajax.variants.multi_step(
+      loss, inner, [*WEIGHTS[: steps - 1], sum(WEIGHTS[steps - 1 : K - 1])]
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam with momentum", "schedule"])
+@pytest.mark.parametrize("algorithm", SHORTER)
+def test_steps_that_are_not_taken_are_those_of_a_shorter_loop(x64, algorithm, optimizer):
+  """One task takes one step, one takes them all; loops of these lengths give the same."""
+  inner = metajax.carried(OPTIMIZERS[optimizer][2])
+  if algorithm == "imaml":
+    inner = OPTIMIZERS[optimizer][2]
+  whole = SHORTER[algorithm](K - 1)(LOSS, inner)
+  tasks = [problems.episode(task, k=K, tail=5) for task in range(2)]
+  several = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)._replace(
+    steps=jnp.array([1, K - 1])
+  )
+  params = problems.weights()
+  state = whole.init(params)
+  together = jax.jit(jax.vmap(whole.estimate, in_axes=(None, None, 0)))
+  found = together(params, state, several)
+  for place, (task, steps) in enumerate(zip(tasks, [1, K - 1], strict=True)):
+    shorter = SHORTER[algorithm](steps)(LOSS, inner)
+    episode = task._replace(schedule=task.schedule[:steps])
+    gradient, after, info = jax.jit(shorter.estimate)(params, state, episode)
+    close = lambda a, b, place=place: np.testing.assert_allclose(a[place], b, rtol=1e-9, atol=1e-12)
+    jax.tree.map(close, found[:2], (gradient, after))
+    losses = found[2].losses[place]
+    np.testing.assert_allclose(losses[:steps], info.losses[:steps], rtol=1e-9)
+    np.testing.assert_allclose(losses[-1], info.losses[-1], rtol=1e-9)

@@ -17,6 +17,7 @@ from metajax.variants import (
   nearest_prototype,
   only,
   prototypical,
+  switched,
   towards_start,
   with_rates,
 )
@@ -275,7 +276,7 @@ def test_multi_step_losses_end_in_maml(x64):
 
 
 def test_first_order_at_first_and_then_second_order():
-  """Annealing from FOMAML to MAML: the state of one learner is the state of the other."""
+  """Annealing from FOMAML to MAML: one learner goes on from the state of the other."""
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
   learners = [
     metajax.meta_learner(make(loss, optax.sgd(RATE)), optax.adam(0.01), metajax.vmapped(2))
@@ -292,6 +293,12 @@ def test_first_order_at_first_and_then_second_order():
   expected = optax.apply_updates(between.params, updates)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, state.params, expected)
+
+  learner = switched(*learners, at=1)
+  both, step = learner.init(params), jax.jit(learner.step)
+  for _ in range(2):
+    both, _ = step(both, episodes)
+  jax.tree.map(close, both, state)
 
 
 def embed(params, inputs):
