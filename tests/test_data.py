@@ -25,6 +25,7 @@ from metajax.data import (
   hub,
   mini_imagenet,
   omniglot,
+  omniglot_builder,
   sine,
 )
 
@@ -209,6 +210,20 @@ def test_omniglot_is_prepared_once(tmp_path, small_omniglot, monkeypatch):
   upright = np.asarray(pooled.train.inputs[: 5 * 20])
   together = np.concatenate([upright, np.asarray(pooled.test.inputs)]).reshape(7 * 20, -1)
   assert len(np.unique(together, axis=0)) == 7 * 20  # every character once, on one side only
+
+
+def test_another_process_may_prepare_omniglot_meanwhile(tmp_path, small_omniglot, monkeypatch):
+  folder, cache = write_omniglot(tmp_path / "zips"), tmp_path / "cache"
+  prepare = omniglot_builder.MetajaxOmniglot.download_and_prepare
+
+  def beaten(builder):
+    monkeypatch.setattr(omniglot_builder.MetajaxOmniglot, "download_and_prepare", prepare)
+    omniglot.load(folder, cache_dir=cache)
+    raise OSError("there is such a folder already")
+
+  monkeypatch.setattr(omniglot_builder.MetajaxOmniglot, "download_and_prepare", beaten)
+  splits = omniglot.load(folder, cache_dir=cache)
+  assert len(splits.train.starts) == 20 and len(splits.test.starts) == 2
 
 
 @pytest.fixture

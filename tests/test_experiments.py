@@ -305,14 +305,7 @@ VARIANTS = [
 ]
 
 
-_THROUGH_SGD = {"inner_optimizer": "sgd", "inner_steps": 3, "filters": 2}
 NETWORKS = [
-  *(
-    {"algorithm": name, **_THROUGH_SGD}
-    for name in ("anil", "boil", "meta_sgd", "layer_rates", "multi_step", "annealed", "cavia")
-  ),
-  {"algorithm": "imaml", "inner_state": "fresh"},
-  {"algorithm": "prototypical", "tail": "separate"},
   {"algorithm": "maml", "inner_optimizer": "sgd", "convolution": "xla", "network": "finn"},
   {"algorithm": "fomaml", "adapt_norm": False, "execution": "serial"},
 ]

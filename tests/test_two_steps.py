@@ -35,6 +35,10 @@ def momentum(state, gradient):
   return {"trace": trace}, -RATE * trace
 
 
+def sign(state, gradient):
+  return state, -RATE * np.sign(gradient)
+
+
 def adam(state, gradient, beta1=0.0):
   count = state["count"] + 1
   mu = beta1 * state["mu"] + (1 - beta1) * gradient
@@ -55,6 +59,7 @@ ZERO = np.zeros((problems.FEATURES, problems.CLASSES))
 MOMENTS = {"count": 0, "mu": ZERO, "nu": ZERO}
 OPTIMIZERS = {
   "sgd": ({}, sgd, optax.sgd(RATE)),
+  "sign": ({}, sign, optax.sign_sgd(RATE)),
   "momentum": ({"trace": ZERO}, momentum, optax.sgd(RATE, momentum=DECAY)),
   "adam": (MOMENTS, adam, optax.adam(RATE, b1=0.0, eps=0.0, eps_root=1e-6)),
   "adam with momentum": (MOMENTS, adam_with_momentum, optax.adam(RATE, eps=0.0, eps_root=1e-6)),
@@ -65,6 +70,13 @@ ALGORITHMS = {
   "fomaml": metajax.fomaml,
   "maml": metajax.maml,
   "combine": lambda loss, inner: metajax.combine(loss, inner, WEIGHTS),
+}
+# Outer optimizers, with the same functions.
+OUTER_RATE = 0.5 / RATE
+OUTERS = {
+  "momentum": optax.sgd(0.5, momentum=DECAY),
+  "adam": optax.chain(optax.adam(RATE, b1=0.0, eps=0.0, eps_root=1e-6), optax.scale(OUTER_RATE)),
+  "schedule": optax.sgd(optax.linear_schedule(0.5, 0.25, 4)),
 }
 EXECUTIONS = {
   "vmapped": metajax.vmapped(NUM_TASKS),
@@ -104,10 +116,10 @@ def estimate(algorithm, phi, state, batches, update):
   return gradient, states[K - 1], losses
 
 
-def plain_meta_steps(algorithm, optimizer, in_turn, carried, meta_batches):
-  """Outer SGD of rate 0.5 with momentum, over the meta-batches."""
+def plain_meta_steps(algorithm, optimizer, in_turn, carried, meta_batches, outer):
+  """The meta-steps of the meta-batches, with an outer optimizer of rate 0.5."""
   start, update, _ = OPTIMIZERS[optimizer]
-  phi, trace = np.asarray(problems.weights()), ZERO
+  phi, (outer_state, outer_update, _) = np.asarray(problems.weights()), OPTIMIZERS[outer]
   states, logged = [start] * NUM_TASKS, []
   for tasks in meta_batches:
     total, losses = np.zeros_like(phi), np.zeros(K)
@@ -118,30 +130,40 @@ def plain_meta_steps(algorithm, optimizer, in_turn, carried, meta_batches):
       )
       states[place] = after
       total, losses = total + gradient, losses + np.asarray(of_task)
-    trace = DECAY * trace + total / NUM_TASKS
-    phi = phi - 0.5 * trace
+    outer_state, step = outer_update(outer_state, total / NUM_TASKS)
+    phi = phi + OUTER_RATE * step
     logged.append(losses / NUM_TASKS)
-  return phi, trace, states, np.array(logged)
+  return phi, outer_state, states, np.array(logged)
 
 
 CASES = [
-  (algorithm, optimizer, "vmapped", carried)
-  for algorithm in ALGORITHMS
-  for optimizer in OPTIMIZERS
-  for carried in ((False, True) if optimizer != "sgd" else (False,))
-] + [
-  (algorithm, "adam", execution, True)
-  for algorithm in ALGORITHMS
-  for execution in EXECUTIONS
-  if execution != "vmapped"
+  *(
+    (algorithm, optimizer, "vmapped", carried, "momentum")
+    for algorithm in ALGORITHMS
+    for optimizer in OPTIMIZERS
+    for carried in ((False, True) if OPTIMIZERS[optimizer][0] else (False,))
+  ),
+  *(
+    (algorithm, "adam", execution, True, "momentum")
+    for algorithm in ALGORITHMS
+    for execution in EXECUTIONS
+    if execution != "vmapped"
+  ),
+  *(
+    (algorithm, "sgd", "vmapped", False, outer)
+    for algorithm in ("reptile", "maml")
+    for outer in ("adam", "schedule")
+  ),
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "optimizer", "execution", "carried"), CASES)
-def test_two_meta_steps_are_those_of_plain_loops(x64, algorithm, optimizer, execution, carried):
+@pytest.mark.parametrize(("algorithm", "optimizer", "execution", "carried", "outer"), CASES)
+def test_two_meta_steps_are_those_of_plain_loops(
+  x64, algorithm, optimizer, execution, carried, outer
+):
   inner = OPTIMIZERS[optimizer][2]
   gradient = ALGORITHMS[algorithm](LOSS, metajax.carried(inner) if carried else inner)
-  learner = metajax.meta_learner(gradient, optax.sgd(0.5, momentum=DECAY), EXECUTIONS[execution])
+  learner = metajax.meta_learner(gradient, OUTERS[outer], EXECUTIONS[execution])
   step, state, logged, meta_batches = (
     jax.jit(learner.step),
     learner.init(problems.weights()),
@@ -155,12 +177,13 @@ def test_two_meta_steps_are_those_of_plain_loops(x64, algorithm, optimizer, exec
     logged.append(info.losses)
 
   in_turn = execution == "serial"
-  phi, trace, states, losses = plain_meta_steps(
-    algorithm, optimizer, in_turn, carried, meta_batches
+  phi, outer_state, states, losses = plain_meta_steps(
+    algorithm, optimizer, in_turn, carried, meta_batches, outer
   )
   close = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
   close(state.params, phi)
-  close(optax.tree.get(state.outer, "trace"), trace)
+  for name, expected in outer_state.items():
+    close(optax.tree.get(state.outer, name), expected)
   close(np.stack(logged), losses)
   assert int(state.step) == 2
   if not carried:

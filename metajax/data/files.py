@@ -59,7 +59,7 @@ def existing_directory(data_dir: str | os.PathLike) -> Path:
 def unwritable(folder: Path, error: OSError) -> DataError:
   """The error to raise when the cache cannot be written."""
   return DataError(
-    f"the cache {folder} cannot be written ({error.strerror}): give another cache_dir"
+    f"the cache {folder} cannot be written ({error.strerror or error}): give another cache_dir"
   )
 
 

@@ -96,15 +96,24 @@ def _drawings(data_dir: str | os.PathLike | None, cache: Path) -> list[np.ndarra
     home = cache / f"omniglot-{fingerprint(folder, paths.values())}"
 
   damaged = DataError(f"the cache {home} is damaged: delete it, and it is made again")
-  try:
-    home.mkdir(parents=True, exist_ok=True)
+
+  def builder_of_cache() -> MetajaxOmniglot:
     try:
-      builder = MetajaxOmniglot(
+      return MetajaxOmniglot(
         urls=urls, read=_read_records, data_dir=home, file_format="array_record"
       )
     except Exception as error:  # the files of an earlier call are damaged
       raise damaged from error
-    builder.download_and_prepare()
+
+  try:
+    home.mkdir(parents=True, exist_ok=True)
+    builder = builder_of_cache()
+    try:
+      builder.download_and_prepare()
+    except Exception:
+      if not Path(builder.data_dir).is_dir():
+        raise
+      builder = builder_of_cache()  # another process has prepared the same meanwhile
   except DataError:
     raise
   except Exception as error:  # downloads fail in many ways, with the same remedy
