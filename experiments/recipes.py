@@ -388,7 +388,7 @@ def _of_family(algorithm: Any, **changes: Any) -> Recipe:
     "tail": "separate",
     "tail_shots": 3,
     "inner_optimizer": "sgd",
-    "inner_rate": 0.2,
+    "inner_rate": 0.1,
     "inner_state": "fresh",
     "inner_batch": 5,
     "inner_steps": 6,

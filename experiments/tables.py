@@ -11,8 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments import family, folders
+import numpy as np
+
+import metajax
+from experiments import combinations, family, folders
 from experiments.recipes import PRESETS
+from experiments.runs import TEST_TASKS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -118,7 +122,114 @@ def of_family() -> Iterator[str]:
     yield f"| {family.TITLES[name]} | {' | '.join(shown)} |"
 
 
-TABLES: dict[str, Callable[[], Iterator[str]]] = {"few_shot": few_shot, "family": of_family}
+def sine() -> Iterator[str]:
+  """The errors of Figure 1's methods."""
+  shown = (0, 1, 5, 10, 32)
+  names = {"random": "random", "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML"}
+  yield "| initialization | n = " + " | ".join(map(str, shown)) + " |"
+  yield "|---" * (1 + len(shown)) + "|"
+  for name, row in folders.finished(RESULTS / "sine")["methods"].items():
+    columns = zip(row["loss"], row["interval95"], row["deviation_between_seeds"], strict=True)
+    cells = [f"{loss:.3f} +- {interval:.3f} ({apart:.3f})" for loss, interval, apart in columns]
+    yield f"| {names.get(name, 'joint training')} | {' | '.join(cells[n] for n in shown)} |"
+
+
+def expansions() -> Iterator[str]:
+  """The coefficients of Section 5, measured and predicted."""
+  rows: dict[int, list[str]] = {}
+  for found in folders.finished(RESULTS / "expansions")["coefficients"]:
+    of_grad, of_inner = found["avg_grad"], found["avg_grad_inner_over_alpha"]
+    rows.setdefault(found["k"], []).extend(
+      [
+        f"{of_grad['measured']:.5f} ({of_grad['predicted']:.0f})",
+        f"{of_inner['measured']:.3f} ({of_inner['predicted']:.0f})",
+      ]
+    )
+  yield "| | MAML, a | b / alpha | FOMAML, a | b / alpha | Reptile, a | b / alpha |"
+  yield "|---" * 7 + "|"
+  for k, cells in rows.items():
+    yield f"| k = {k} | {' | '.join(cells)} |"
+
+
+_BOTH = ("5-shot inductive", "5-shot transductive")
+
+
+def of_combinations() -> Iterator[str]:
+  """The accuracies of Figure 3's curves, at full length and at a quarter of it."""
+  long, short = (
+    folders.finished(RESULTS / name)["curves"] for name in ("combinations", "combinations_10000")
+  )
+  yield "| | 40,000 steps | transductive | 10,000 steps | transductive |"
+  yield "|---" * 5 + "|"
+  for name, (label, _) in combinations.CURVES.items():
+    cells = [
+      f"{100 * long[name][cell]['accuracy']:.2f} +- {100 * long[name][cell]['interval95']:.2f}"
+      for cell in _BOTH
+    ] + [
+      f"{100 * short[name][cell]['accuracy']:.2f} "
+      f"({100 * short[name][cell]['deviation_between_seeds']:.2f})"
+      for cell in _BOTH
+    ]
+    yield f"| {label} | {' | '.join(cells)} |"
+
+
+def differences() -> Iterator[str]:
+  """Differences between curves of Figure 3 on the same test tasks."""
+  pairs = {
+    "four - three (sums)": ("sum4", "sum3"),
+    "three - two (sums)": ("sum3", "sum2"),
+    "g4 - g3": ("last4", "last3"),
+    "g3 - g2": ("last3", "last2"),
+    "g2 - (g1 + g2)": ("last2", "sum2"),
+  }
+  yield "| after 40,000 steps | | transductive |"
+  yield "|---|---|---|"
+  for label, (one, other) in pairs.items():
+    both = [_of_tasks(RESULTS / "combinations" / name / "seed0") for name in (one, other)]
+    cells = [
+      metajax.mean_and_interval(both[0][protocol] - both[1][protocol])
+      for protocol in ("inductive", "transductive")
+    ]
+    shown = [f"{100 * mean:.2f} +- {100 * interval:.2f}" for mean, interval in cells]
+    yield f"| {label} | {' | '.join(shown)} |"
+
+
+def _of_tasks(run: Path) -> dict[str, np.ndarray]:
+  """The accuracy on each test task, by protocol."""
+  lines = folders.read_lines(run, TEST_TASKS)
+  return {
+    protocol: np.array([value for line in lines for value in line["accuracy"][protocol]])
+    for protocol in lines[0]["accuracy"]
+  }
+
+
+def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) -> Iterator[str]:
+  """A panel of Figure 4: accuracy of each curve against x."""
+  points = [p for p in folders.finished(RESULTS / "overlap")["points"] if p["panel"] == panel]
+  places = sorted({point["x"] for point in points})
+  yield f"| ({panel}) {head} | {' | '.join(map(name, places))} |"
+  yield "|---" * (1 + len(places)) + "|"
+  curves: dict[str, dict[float, str]] = {}
+  for point in points:
+    accuracy = point["cells"]["5-shot transductive"]["accuracy"]
+    curves.setdefault(point["curve"], {})[point["x"]] = f"{100 * accuracy:.1f}"
+  for curve, cells in curves.items():
+    yield f"| {curve} | {' | '.join(cells[place] for place in places)} |"
+
+
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
+  "few_shot": few_shot,
+  "family": of_family,
+  "sine": sine,
+  "expansions": expansions,
+  "combinations": of_combinations,
+  "differences": differences,
+  "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
+  "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
+  "overlap_c": lambda: _panel(
+    "c", "initial outer step, full batches of 100", lambda step: f"2^{np.log2(step):g}"
+  ),
+}
 
 
 def filled(text: str) -> str:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import tables
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 SMALLER = {
   "metajax.models.omniglot(ways=5)": "metajax.models.omniglot(ways=5, filters=32)",
@@ -32,3 +34,15 @@ def test_the_examples_run(tmp_path, monkeypatch):
   assert len(namespace["accuracies"]) == 100 and 0.5 < namespace["mean"] <= 1.0
   expected = np.repeat(["ash", "elm", "fir", "oak", "yew"], 19)
   assert np.mean(namespace["predictions"].labels == expected) > 0.5
+
+
+def test_the_tables_of_the_experiments_are_those_of_their_files():
+  text = (tables.HERE / "README.md").read_text()
+  names = re.findall(r"<!-- table: (\w+) -->", text)
+  assert set(names) == set(tables.TABLES)
+  assert tables.filled(text) == text, "python -m experiments.tables makes them anew"
+  assert tables.filled(text.replace("2^-7.5", "2^-7")) == text
+
+
+def test_the_paper_has_24_cells():
+  assert sum(len(cells) for cells in tables.PAPER.values()) == 24
