@@ -12,7 +12,7 @@ from experiments.settings import Settings, option
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Processes(Settings):
-  """Several processes that share one run; see experiments/devices.md."""
+  """Several processes that share one run; see docs/devices.md."""
 
   distributed: bool = option(False,
     "This is one of several processes, as Slurm or a cloud TPU announces it.")
