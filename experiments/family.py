@@ -133,7 +133,7 @@ def wave_learner(
 ) -> tuple[metajax.Model, metajax.MetaLearner, Any, Callable[..., Any]]:
   """The network, the learner, and how tasks and episodes are drawn, for a method on sine waves.
 
-  As on Omniglot, a meta-step takes the gradients of 24 losses, and the outer rate falls to 0.
+  In each meta-step, all methods take the gradients of 24 losses. The outer rate falls to 0.
   """
   plain = metajax.models.sine()
   rate = WAVE_RATES.get(name, 0.02)

@@ -70,7 +70,7 @@ def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
 def test_all_methods_of_the_family_take_the_gradients_of_as_many_losses():
   for name, recipe in FAMILY.items():
     each = 1 if name in ("joint", "prototypical") else recipe.inner_steps
-    assert recipe.meta_batch * each == 24, name
+    assert recipe.meta_batch * each == 16, name
   assert set(FAMILY) == set(family.TITLES)
 
 
