@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 import zlib
@@ -24,8 +25,10 @@ from experiments.settings import as_text
 
 try:
   import fcntl
+  import resource
 except ImportError:  # not on Windows
   fcntl = None  # type: ignore[assignment]
+  resource = None  # type: ignore[assignment]
 
 Line = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -293,6 +296,14 @@ def versions() -> dict[str, str]:
     "device": jax.devices()[0].device_kind,
     "machine": f"{_processor()}, {os.cpu_count()} cores",
   }
+
+
+def peak_memory() -> int | None:
+  """The most memory that this process has had, in MB, as far as it is known."""
+  if resource is None:
+    return None
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
 def _processor() -> str:

@@ -1,6 +1,8 @@
 """Training in a run folder, several jobs side by side, and how they are stopped."""
 
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
@@ -18,6 +20,7 @@ from experiments.folders import Line, RunFolder
 from metajax.training import DivergedError, StoppedError
 
 T = TypeVar("T")
+_LINE_SECONDS = 30  # between two lines of progress
 _STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
 
 
@@ -79,11 +82,29 @@ def train(
     raise DivergedError(f"{folder.path}: {error}") from error
 
 
+class _Lines(tqdm):
+  """Progress for an output that is not a terminal: a line every half minute, and no bar."""
+
+  def __init__(self, **options: Any) -> None:
+    self._said = time.monotonic()
+    super().__init__(**options, ncols=0)
+
+  def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    """Prints where it is, unless it has done so a short while ago."""
+    if msg is None and time.monotonic() - self._said >= _LINE_SECONDS:
+      self._said = time.monotonic()
+      print(self, file=self.fp, flush=True)
+
+  def clear(self, nolock: bool = False) -> None:
+    """What was printed stays."""
+
+
 def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:
   """A progress bar; runs side by side have a line each."""
-  line = mesh.devices.flat[0].id if mesh.size == 1 else 0
-  silent = not folders.writes()
-  return tqdm(**options, position=line, leave=False, smoothing=0.1, disable=silent)
+  options |= {"leave": False, "smoothing": 0.1, "disable": not folders.writes()}
+  if not sys.stderr.isatty():
+    return _Lines(**options)
+  return tqdm(**options, position=mesh.devices.flat[0].id if mesh.size == 1 else 0)
 
 
 def stop() -> None:

@@ -201,6 +201,7 @@ def run(
     "train_seconds": round(record.seconds, 3),
     "meta_steps_per_second": round(recipe.meta_steps / record.seconds, 3),
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(record.state.params)),
+    "peak_memory_mb": folders.peak_memory(),
     "versions": folders.versions(),
   }
   plots.draw_learning_curve([folder.lines()], folder.path / "learning_curve.png")

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
@@ -183,6 +182,8 @@ def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> Mean:
     ValueError: if the values are not a vector, there is none, or the confidence is not between 0
       and 1.
   """
+  from scipy.special import stdtrit  # importing it takes a quarter of a second
+
   sample = np.asarray(values, np.float64)
   if sample.ndim != 1:
     raise ValueError(f"values must be a vector [n], one value for each task, not {sample.shape}")
@@ -191,5 +192,5 @@ def mean_and_interval(values: ArrayLike, confidence: float = 0.95) -> Mean:
   if sample.size == 1:
     return Mean(float(sample[0]), float("inf"))
   error = sample.std(ddof=1) / np.sqrt(sample.size)
-  quantile = scipy.special.stdtrit(sample.size - 1, 0.5 + confidence / 2)
+  quantile = stdtrit(sample.size - 1, 0.5 + confidence / 2)
   return Mean(float(sample.mean()), float(quantile * error))

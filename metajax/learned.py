@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import safetensors
 import safetensors.numpy
-import scipy.special
 from numpy.typing import ArrayLike
 
 from metajax import losses
@@ -308,8 +307,10 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
     adapted = compiled(train, jax.random.key(seed))
 
     def predict(inputs: Any) -> Predictions:
+      from scipy.special import softmax  # importing it takes a quarter of a second
+
       logits = outputs(adapted, train, _fitting(recipe, inputs), protocol)[:, : len(classes)]
-      probabilities = scipy.special.softmax(logits, axis=1)
+      probabilities = softmax(logits, axis=1)
       return Predictions(classes[probabilities.argmax(axis=1)], probabilities, classes)
 
     return predict

@@ -160,6 +160,7 @@ def train(
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)
       if steps not in programs:
+        bar.set_postfix_str("compiling")
         many_steps = _checking_parameters(run(learner, sample_task, make_episode, steps))
         programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
       start = time.perf_counter()

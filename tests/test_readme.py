@@ -1,6 +1,7 @@
 """What the README and the pages of the documentation show runs, and their tables are right."""
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,10 @@ def test_the_tables_of_the_experiments_are_those_of_their_files():
 
 def test_the_paper_has_24_cells():
   assert sum(len(cells) for cells in tables.PAPER.values()) == 24
+
+
+def test_the_version_is_the_same_everywhere():
+  version = metadata.version("metajax")
+  assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+  assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+  assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import metajax
+from experiments import jobs
 from metajax import programs, training
 from tests import problems
 
@@ -180,3 +181,18 @@ def test_steps_that_bfloat16_parameters_lose_are_warned_of(execution, rate, recw
   said = [str(warning.message) for warning in recwarn]
   assert len(said) == (rate < 0.01) and all("lost to rounding" in one for one in said)
   assert record.state.params.dtype == jnp.bfloat16
+
+
+def test_progress_is_lines_where_the_output_is_not_a_terminal(monkeypatch, capsys):
+  """A line every half minute, which says what is done, and no empty lines."""
+  clock = [0.0]
+  monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+  with jobs.progress(total=100, unit="step", desc="glyphs", mesh=metajax.task_mesh()) as bar:
+    for step in range(100):
+      clock[0] = step
+      bar.set_postfix_str(f"loss {step}")
+      bar.update(1)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 3 and all(line.startswith("glyphs: ") for line in lines)
+  assert "30/100" in lines[0] and "loss 30" in lines[0] and "60/100" in lines[1]
