@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ class RunFolder:
   """The files of a run. A folder belongs to the settings with which its run was begun."""
 
   def __init__(
-    self, out: str | os.PathLike, settings: dict[str, Any], *, free: Collection[str] = ()
+    self,
+    out: str | os.PathLike,
+    settings: dict[str, Any],
+    *,
+    free: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
   ) -> None:
     """Opens the folder, which may hold a run that was begun with the same settings.
 
@@ -55,6 +60,7 @@ class RunFolder:
       out: the path of the folder. It need not exist, and nothing is written yet.
       settings: names and values.
       free: names of settings that may differ from those the run was begun with.
+      defaults: what settings were if the run was begun by a version that did not have them yet.
 
     Raises:
       ValueError: if the folder holds a run with other settings.
@@ -63,6 +69,7 @@ class RunFolder:
     self._flags = self.path / "flags.txt"
     self._lines = [f"--{name}={as_text(value)}" for name, value in sorted(settings.items())]
     self._free = free
+    self._defaults = {f"--{name}={as_text(value)}" for name, value in (defaults or {}).items()}
     if self._flags.is_file():
       self._compare([line for line in self._before() if line.startswith("--")])
 
@@ -70,9 +77,12 @@ class RunFolder:
     return self._flags.read_text().splitlines()
 
   def _compare(self, before: list[str]) -> None:
-    counts = lambda line: line[2:].split("=")[0] not in self._free
+    name = lambda line: line[2:].split("=")[0]
+    known = {name(line) for line in before}
+    counts = lambda line: name(line) not in self._free
+    as_before = lambda line: line in before or (line in self._defaults and name(line) not in known)
     then = " ".join(line for line in before if counts(line) and line not in self._lines)
-    now = " ".join(line for line in self._lines if counts(line) and line not in before)
+    now = " ".join(line for line in self._lines if counts(line) and not as_before(line))
     if then or now:
       raise ValueError(
         f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "

@@ -39,8 +39,10 @@ def open_folder(
     free: settings that may differ from those that the run was begun with.
   """
   left_out = (*_PATHS, *without)
-  values = values_of(recipe, Training, Judging, Cost).items()
-  return RunFolder(out, {name: value for name, value in values if name not in left_out}, free=free)
+  groups = Training, Judging, Cost
+  values = values_of(recipe, *groups).items()
+  kept = {name: value for name, value in values if name not in left_out}
+  return RunFolder(out, kept, free=free, defaults=values_of(Recipe(), *groups))
 
 
 def conditions(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) -> list[str]:

@@ -8,7 +8,7 @@ replaced there. `--check` only says whether a table is not up to date.
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +89,74 @@ def few_shot() -> Iterator[str]:
 
 def longest(recipe: str) -> folders.Line | None:
   """The result of a recipe's run with the most meta-steps, or None if there is none."""
-  found = [
-    folders.finished(path)
-    for path in RESULTS.glob(f"{recipe}*")
-    if re.fullmatch(rf"{recipe}(_\d+)?", path.name)
+  path = longest_run(recipe)
+  return None if path is None else folders.finished(path)
+
+
+def longest_run(recipe: str) -> Path | None:
+  """The folder of a recipe's run with the most meta-steps, or None if there is none."""
+  paths = [
+    path for path in RESULTS.glob(f"{recipe}*") if re.fullmatch(rf"{recipe}(_\d+)?", path.name)
   ]
-  return max(found, key=lambda result: result["meta_steps"], default=None)
+  return max(paths, key=lambda path: folders.finished(path)["meta_steps"], default=None)
+
+
+def extrapolations() -> Iterator[str]:
+  """What the learning curves of shorter runs say of the full length."""
+  yield "| recipe | cell | measured | full length, extrapolated | the paper | hours here |"
+  yield "|---" * 6 + "|"
+  for recipe, of_paper in PAPER.items():
+    path, length = longest_run(recipe), PRESETS[recipe].meta_steps
+    if path is None or folders.finished(path)["meta_steps"] >= length:
+      continue
+    result = folders.finished(path)
+    hours = f"{length / result['meta_steps_per_second'] / 3600:.1f}"
+    for cell, (mean, spread) in of_paper.items():
+      found = extrapolated(folders.read_lines(path), cell, length)
+      if found is None:
+        continue
+      middle, low, high = found
+      ours = f"{100 * result['cells'][cell]['accuracy']:.2f} ({result['meta_steps']:,})"
+      beyond = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+      yield f"| {recipe} | {cell} | {ours} | {beyond} | {mean:.2f} +- {spread:.2f} | {hours} |"
+
+
+_FEWEST = 6  # points of a curve to which three numbers are fitted
+
+
+def extrapolated(
+  lines: Sequence[folders.Line], cell: str, length: int
+) -> tuple[float, float, float] | None:
+  """The accuracy in percent that a learning curve leads to, and the 95 % interval of the fit.
+
+  The error rate on test tasks is fitted by a + b t^-c, with a and b not negative, by least squares.
+  The interval is of 1,000 fits to curves with noise like that of the points. It says how well the
+  points determine the curve, and not whether the curve has this form.
+
+  Returns:
+    The median and the two limits; None if there are fewer than six points.
+  """
+  points = [(line["step"], line["test"][cell]) for line in lines if line["step"] > 0]
+  if len(points) < _FEWEST:
+    return None
+  steps = np.array([step for step, _ in points]) / length
+  errors = np.array([1 - found["accuracy"] for _, found in points])
+  noise = np.array([found["interval95"] / 1.96 for _, found in points])
+  rng = np.random.default_rng(0)
+  curves = errors + noise * rng.normal(size=(1_000, len(points)))
+  best, ends = np.full(len(curves), np.inf), np.zeros(len(curves))
+  for c in np.linspace(0.1, 2.0, 39):
+    power = steps**-c
+    spread = power - power.mean()
+    b = np.maximum(curves @ spread / (spread @ spread), 0)
+    a = curves.mean(axis=1) - b * power.mean()
+    through_zero = np.maximum(curves @ power / (power @ power), 0)
+    a, b = np.where(a < 0, 0, a), np.where(a < 0, through_zero, b)
+    residual = np.sum((curves - a[:, None] - b[:, None] * power) ** 2, axis=1)
+    better = residual < best
+    best, ends = np.where(better, residual, best), np.where(better, a + b, ends)  # t = length
+  low, middle, high = 100 * (1 - np.quantile(ends, [0.975, 0.5, 0.025]))
+  return float(middle), float(low), float(high)
 
 
 def of_family() -> Iterator[str]:
@@ -219,6 +281,7 @@ def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "few_shot": few_shot,
+  "extrapolations": extrapolations,
   "family": of_family,
   "sine": sine,
   "expansions": expansions,

@@ -491,3 +491,18 @@ def test_an_exception_in_one_of_several_runs_ends_all():
   with pytest.raises(ZeroDivisionError):  # and not what it did to the others
     jobs.side_by_side([go_on, fail, go_on, go_on, go_on, go_on])
   assert jobs.side_by_side([lambda mesh: mesh.size, lambda mesh: 2]) == [1, 2]
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+  """Settings that did not exist then have their default values."""
+  folder = runs.open_folder(tiny(), tmp_path)
+  folder.begin("some data")
+  flags = tmp_path / "flags.txt"
+  earlier = flags.read_text().replace("--outer_schedule=linear\n", "")
+  flags.write_text(earlier)
+  runs.open_folder(tiny(), tmp_path).check("some data")
+  with pytest.raises(ValueError, match=r"then no such flag; now --outer_schedule=cosine"):
+    runs.open_folder(tiny(outer_schedule="cosine"), tmp_path)
+  flags.write_text(earlier + "--outer_schedule=cosine\n")
+  with pytest.raises(ValueError, match=r"then --outer_schedule=cosine; now .*=linear"):
+    runs.open_folder(tiny(), tmp_path)

@@ -123,6 +123,22 @@ def test_the_tables_of_the_experiments_are_those_of_their_files():
   assert tables.filled(text.replace("2^-7.5", "2^-7")) == text
 
 
+def test_extrapolations_recover_a_curve_of_this_form():
+  steps = np.arange(1_000, 11_000, 1_000)
+  rng = np.random.default_rng(0)
+  errors = 0.02 + 0.05 * (steps / 60_000) ** -0.5 + 0.004 * rng.normal(size=len(steps))
+  cell = lambda error: {"accuracy": 1 - error, "interval95": 1.96 * 0.004}
+  lines = [
+    {"step": step, "test": {"x": cell(error)}}
+    for step, error in zip([0, *steps], [0.8, *errors], strict=True)
+  ]
+  middle, low, high = tables.extrapolated(lines, "x", 60_000)
+  assert low < 93 < high and abs(middle - 93) < 2.5 and high - low < 12
+  assert tables.extrapolated(lines[:6], "x", 60_000) is None
+  flat = [{"step": step, "test": {"x": cell(0.3)}} for step in steps]
+  assert np.allclose(tables.extrapolated(flat, "x", 60_000), 70, atol=2.5)
+
+
 def test_the_paper_has_24_cells():
   assert sum(len(cells) for cells in tables.PAPER.values()) == 24
 
