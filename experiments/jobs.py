@@ -33,6 +33,7 @@ def train(
   score: Callable[[Line], float | None],
   mesh: jax.sharding.Mesh,
   label: str,
+  track: Callable[[Line], None] = lambda line: None,
   **options: Any,
 ) -> metajax.Record:
   """Trains as `metajax.train` does, with a line in metrics.jsonl for each report.
@@ -46,6 +47,7 @@ def train(
     score: from the line to the score of the checkpoint.
     mesh: where to train.
     label: names the run beside its progress bar.
+    track: is given each line as well.
     **options: of `metajax.train`.
   """
 
@@ -62,6 +64,7 @@ def train(
       line |= record.metrics
     line |= evaluate(record.state)
     folder.append(line)
+    track(line)
     tqdm.write(f"{label}: {summary(line)}")
     return score(line)
 

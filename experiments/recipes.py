@@ -134,6 +134,9 @@ class Cost(Settings):
   steps_per_call: int = option(25,
     "Meta-steps in one call of the compiled loop, between two updates of the progress bar.",
     at_least=1)
+  track: tuple[str, ...] | None = option(None,
+    "tensorboard, wandb or both: the learning curve and the images of a task are sent there as "
+    "well. TensorBoard's files are in OUT/tensorboard.")
 # fmt: on
 
 

@@ -1,6 +1,7 @@
 """A few-shot run in its folder: trained, judged, and many of them together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import metajax
-from experiments import build, folders, jobs, plots
+from experiments import build, folders, jobs, plots, trackers
 from experiments.build import Experiment
 from experiments.folders import Line, RunFolder
 from experiments.recipes import Cost, Judging, Recipe, Training
@@ -23,7 +24,7 @@ TEST_TASKS = "test_tasks.jsonl"
 LEARNER, BEST_LEARNER = "learner.safetensors", "best_learner.safetensors"
 _LONG = 10_000  # meta-steps; before a longer run, the network is shown
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
-_PATHS = ("data_dir", "cache_dir")  # not kept with a run: another machine has others
+_PATHS = ("data_dir", "cache_dir", "track")  # not kept with a run: another machine has others
 _FREE = ("eval_tasks", *(setting.name for setting in fields(Cost)))  # may differ on resuming
 
 
@@ -68,6 +69,7 @@ def prepare(
     ValueError: if a setting or the data is no good; nothing has been written over then.
   """
   folder = open_folder(recipe, out)
+  trackers.check(recipe.track or ())
   mesh = build.mesh_of(recipe) if mesh is None else mesh
   splits = metajax.programs.on_mesh(build.load(recipe), mesh)
   experiment = build.build(recipe, splits, mesh)
@@ -174,22 +176,24 @@ def run(
   if recipe.meta_steps >= _LONG and folders.writes():
     batch = np.repeat(experiment.example_inputs, recipe.inner_batch, axis=0)
     tqdm.write(metajax.models.summary(experiment.model, batch))
-  record = jobs.train(
-    folder,
-    experiment.learner,
-    experiment.sample_task,
-    experiment.make_episode,
-    start,
-    keys.train,
-    evaluate=evaluate,
-    summary=plots.learning_curve_summary,
-    score=plots.learning_curve_score,
-    mesh=experiment.mesh,
-    label=label,
-    num_steps=recipe.meta_steps,
-    report_every=recipe.eval_every,
-    steps_per_call=recipe.steps_per_call,
-  )
+  with _tracked(recipe, experiment, folder, keys.train) as track:
+    record = jobs.train(
+      folder,
+      experiment.learner,
+      experiment.sample_task,
+      experiment.make_episode,
+      start,
+      keys.train,
+      track=track,
+      evaluate=evaluate,
+      summary=plots.learning_curve_summary,
+      score=plots.learning_curve_score,
+      mesh=experiment.mesh,
+      label=label,
+      num_steps=recipe.meta_steps,
+      report_every=recipe.eval_every,
+      steps_per_call=recipe.steps_per_call,
+    )
   cells = cells_of(judge(record.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS))
   build.ship(recipe, experiment, record.state, folder.path / LEARNER, {"accuracy": cells})
   with checkpoints(folder.path / "checkpoints") as opened:
@@ -209,6 +213,29 @@ def run(
   plots.draw_learning_curve([folder.lines()], folder.path / "learning_curve.png")
   folder.finish(result)
   return result
+
+
+@contextmanager
+def _tracked(
+  recipe: Recipe, experiment: Experiment, folder: RunFolder, key: jax.Array
+) -> Iterator[Callable[[Line], None]]:
+  """Yields a function that sends a line to the recipe's trackers, and the first one with images."""
+  names = (recipe.track or ()) if folders.writes() else ()
+  settings = values_of(recipe, Training, Judging)
+  opened = [trackers.opened(name, folder.path, settings) for name in names]
+
+  def track(line: Line) -> None:
+    for tracker in opened:
+      if line["step"] == 0:
+        images = np.asarray(experiment.sample_task(key).train.inputs)
+        tracker.images(0, "a training task", images)
+      tracker.numbers(line["step"], trackers.numbers_of(line))
+
+  try:
+    yield track
+  finally:
+    for tracker in opened:
+      tracker.close()
 
 
 def complete(recipe: Recipe, folder: RunFolder) -> Line | None:

@@ -1,0 +1,91 @@
+"""Shows learning curves in TensorBoard or Weights & Biases, besides metrics.jsonl."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.folders import Line
+
+NAMES = ("tensorboard", "wandb")
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(NamedTuple):
+  """Somewhere that numbers and images are sent to.
+
+  Attributes:
+    numbers: `(step, {name: number})`.
+    images: `(step, name, images)`, uint8 `[n, height, width, channels]`.
+    close: sends what is left.
+  """
+
+  numbers: Callable[[int, dict[str, float]], None]
+  images: Callable[[int, str, np.ndarray], None]
+  close: Callable[[], None]
+
+
+def check(names: Sequence[str]) -> None:
+  """Checks that the trackers are known and installed."""
+  for name in names:
+    if name not in NAMES:
+      raise ValueError(f"--track={name} must be of {', '.join(NAMES)}, separated by commas")
+    try:
+      importlib.import_module(_MODULES[name])
+    except ImportError as error:
+      raise ValueError(
+        f"--track={name} needs a package that is not here: pip install {_MODULES[name]}"
+      ) from error
+
+
+def opened(name: str, folder: Path, settings: dict[str, Any]) -> Tracker:
+  """Opens a tracker for the run in a folder."""
+  return {"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings)
+
+
+def numbers_of(line: Line) -> dict[str, float]:
+  """The numbers of a line of metrics.jsonl by name, such as `test/1-shot inductive/accuracy`."""
+
+  def flat(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+      for key, part in value.items():
+        yield from flat(f"{name}/{key}", part)
+    elif isinstance(value, list):
+      for number, part in enumerate(value, start=1):
+        yield from flat(f"{name}/{number}", part)
+    elif isinstance(value, int | float):
+      yield name.removeprefix("/"), float(value)
+
+  return dict(flat("", {key: value for key, value in line.items() if key != "step"}))
+
+
+def _tensorboard(folder: Path, settings: dict[str, Any]) -> Tracker:
+  writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+  writer.add_text("settings", "\n".join(f"    --{k}={v}" for k, v in settings.items()))
+
+  def numbers(step: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+      writer.add_scalar(name, value, step)
+    writer.flush()
+
+  def images(step: int, name: str, pixels: np.ndarray) -> None:
+    writer.add_images(name, pixels, step, dataformats="NHWC")
+
+  return Tracker(numbers, images, writer.close)
+
+
+def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
+  wandb = importlib.import_module("wandb")
+  # The same folder is the same run, when it goes on.
+  name = folder.resolve().name
+  run = wandb.init(project="metajax", id=name, resume="allow", dir=str(folder), config=settings)
+
+  def numbers(step: int, values: dict[str, float]) -> None:
+    run.log(values, step=step)
+
+  def images(step: int, name: str, pixels: np.ndarray) -> None:
+    run.log({name: [wandb.Image(image.squeeze()) for image in pixels]}, step=step)
+
+  return Tracker(numbers, images, run.finish)
