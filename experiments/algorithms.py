@@ -67,8 +67,8 @@ def build(recipe: Recipe, network: metajax.Model) -> Algorithm:
     loss_of(network.apply),
     _inner(recipe, frozen),
     recipe.inner_steps,
-    weights=recipe.weights,
-    strength=recipe.strength,
+    weights=recipe.weights or (),
+    strength=recipe.strength or 1.0,
     context_loss=context_loss,
     context=jnp.zeros(_CONTEXT),
   )
@@ -86,7 +86,7 @@ def gradients(
   inner: optax.GradientTransformation,
   num_losses: int,
   *,
-  weights: Sequence[float] | None = None,
+  weights: Sequence[float] = (),
   strength: float = 1.0,
   context_loss: LossFn | None = None,
   context: Any = None,
@@ -109,8 +109,9 @@ def gradients(
     "reptile": lambda: metajax.reptile(loss, inner),
     "joint": lambda: metajax.reptile(loss, inner),
     "scratch": lambda: metajax.combine(loss, inner, np.zeros(num_losses)),
-    "combine": lambda: metajax.combine(loss, inner, weights or (), of_updates=True),
+    "combine": lambda: metajax.combine(loss, inner, weights, of_updates=True),
     "fomaml": lambda: metajax.fomaml(loss, inner),
+    **dict.fromkeys(("maml", "anil", "boil", "annealed", "multi_step"), maml),
     "meta_sgd": lambda: variants.meta_sgd(loss),
     "layer_rates": lambda: variants.meta_sgd(loss),
     "imaml": lambda: variants.imaml(loss, inner, strength, iterations=_ITERATIONS),
@@ -121,7 +122,7 @@ def gradients(
     "multi_step": lambda: variants.multi_step(loss, inner, np.full(num_losses - 1, each)),
   }
   at_first = early[algorithm]() if algorithm in early else None
-  return makers.get(algorithm, maml)(), at_first
+  return makers[algorithm](), at_first
 
 
 def _inner(recipe: Recipe, frozen: tuple[str, ...]) -> optax.GradientTransformation:

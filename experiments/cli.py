@@ -113,17 +113,20 @@ def main(
     )
 
 
-def main_without_folder(program: Program, *groups: Settings) -> None:
+def main_without_folder(program: Program, *groups: Settings, positional: bool = False) -> None:
   """Runs a program that has no run folder; what is wrong is said in one line.
 
   Args:
     program: given the groups with the values of the flags, it checks everything that can be checked
       beforehand and returns what to run.
     *groups: settings with their default values.
+    positional: whether the program is also given a list of the arguments that are no flags.
   """
   try:
+    rest: list[str] = []
     about = sys.modules["__main__"].__doc__ or ""
-    program(*parse(sys.argv[1:], groups, about=about))()
+    settings = parse(sys.argv[1:], groups, about=about, rest=rest if positional else None)
+    program(*settings, *([rest] if positional else []))()
   except (ValueError, OSError) as error:
     _end(f"{Path(sys.argv[0]).stem}: {error}", 1)
 
@@ -135,16 +138,18 @@ def parse(
   about: str = "",
   leave_out: Sequence[str] = (),
   implied: Callable[[dict[str, Any]], list[str]] | None = None,
+  rest: list[str] | None = None,
 ) -> list[Any]:
   """Returns the groups with the values of the flags in the arguments; see `main`.
 
   The flags belong to this call: absl's global ones, which may be a notebook's, stay as they are.
+  Arguments that are no flags are added to `rest`, or are an error without it.
 
   Raises:
     ValueError: if a flag is unknown or its value is no good.
     SystemExit: after `--help`.
   """
-  given = _values(arguments, groups, leave_out)
+  given = _values(arguments, groups, leave_out, rest)
   if given.pop("help", False):
     print(_help(about, groups, leave_out))
     sys.exit(0)
@@ -176,7 +181,10 @@ _DEFINE: dict[type, Callable[..., Any]] = {
 
 
 def _values(
-  arguments: Sequence[str], groups: Sequence[Settings], leave_out: Sequence[str]
+  arguments: Sequence[str],
+  groups: Sequence[Settings],
+  leave_out: Sequence[str],
+  positional: list[str] | None = None,
 ) -> dict[str, Any]:
   """The values of the flags that are among the arguments."""
   values = flags.FlagValues()
@@ -189,6 +197,7 @@ def _values(
     else:
       define: Callable[..., Any] = _DEFINE.get(kind, flags.DEFINE_list)
       define(setting.name, None, "", flag_values=values)
+  values.set_gnu_getopt(positional is not None)  # flags may follow other arguments
   try:
     rest = values(["", *arguments])
   except flags.UnrecognizedFlagError as error:
@@ -199,7 +208,9 @@ def _values(
     raise ValueError(str(error)) from error
   except flags.Error as error:
     raise ValueError(" ".join(str(error).split())) from error
-  if len(rest) > 1:
+  if positional is not None:
+    positional += rest[1:]
+  elif len(rest) > 1:
     raise ValueError(f"unexpected argument {rest[1]!r}: flags start with --")
   given: dict[str, Any] = {name: values[name].value for name in kinds if values[name].present}
   for name, value in given.items():

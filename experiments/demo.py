@@ -8,11 +8,12 @@ predicts the fourth. This is the demonstration of the paper's announcement. Ctrl
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def drawings_of(body: bytes) -> tuple[np.ndarray, np.ndarray]:
   try:
     content = json.loads(body)
     pixels = np.array([*content["examples"], content["drawing"]], np.float32)
-  except (ValueError, TypeError, KeyError) as error:
+  except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
     raise ValueError(
       "send {'examples': three drawings, 'drawing': one}, each a list of numbers"
     ) from error
@@ -104,17 +105,20 @@ class Handler(BaseHTTPRequestHandler):
     if not self._addressed():
       return
     length = self.headers.get("Content-Length", "")
-    if self.path != "/predict" or not length.isdigit():
+    if self.path != "/predict" or not (length.isascii() and length.isdigit()):
       return self._answer(404, {"error": "send drawings to /predict, with their length"})
-    if int(length) > LARGEST:
+    if len(length) > 9 or int(length) > LARGEST:
       return self._answer(413, {"error": f"a request has at most {LARGEST} bytes"})
     if self.headers.get("Content-Type", "").split(";")[0] != "application/json":
       return self._answer(415, {"error": "send application/json"})
     if not self.server.allowed():
       return self._answer(429, {"error": f"at most {PER_SECOND} requests a second are answered"})
     try:
-      self._answer(200, self.server.recognize(*drawings_of(self.rfile.read(int(length)))))
-    except TimeoutError:
+      drawn = drawings_of(self.rfile.read(int(length)))
+      with self.server.one_at_a_time:
+        found = self.server.recognize(*drawn)
+      self._answer(200, found)
+    except (TimeoutError, ConnectionError):
       self.close_connection = True
     except ValueError as error:
       self._answer(400, {"error": str(error)})
@@ -143,22 +147,30 @@ class Handler(BaseHTTPRequestHandler):
     """Prints nothing for each request."""
 
 
-class Server(HTTPServer):
-  """Answers one request at a time, and only so many in a second."""
+class Server(ThreadingHTTPServer):
+  """Predicts for one request at a time, and only for so many in a second.
+
+  Each connection has a thread, so that one that is idle or slow does not hold up the others.
+  """
+
+  daemon_threads = True
 
   def __init__(self, port: int, recognize: Recognizer) -> None:
     super().__init__(("127.0.0.1", port), Handler)
     self.recognize = recognize
+    self.one_at_a_time = threading.Lock()
     self._answered: list[float] = []
+    self._counting = threading.Lock()
 
   def allowed(self) -> bool:
     """Whether one more request may be answered in this second; counts it then."""
-    now = time.monotonic()
-    self._answered = [then for then in self._answered if now - then < 1]
-    if len(self._answered) >= PER_SECOND:
-      return False
-    self._answered.append(now)
-    return True
+    with self._counting:
+      now = time.monotonic()
+      self._answered = [then for then in self._answered if now - then < 1]
+      if len(self._answered) >= PER_SECOND:
+        return False
+      self._answered.append(now)
+      return True
 
 
 def serve(server: Server) -> None:

@@ -36,12 +36,13 @@ class Training(Settings):
     "last layer only, boil all others. meta_sgd learns a rate for each number, layer_rates one for "
     "each parameter. multi_step begins with the loss after every inner step, annealed with FOMAML, "
     "and both become MAML. imaml takes implicit gradients, cavia adapts a context, and "
-    "prototypical compares with the mean of each class. All are explained in metajax.variants.")
+    "prototypical compares with the mean of each class. docs/algorithms.md explains them.")
   early_steps: int | None = option(None,
     "After how many meta-steps multi_step and annealed become MAML; by default half of all.",
     at_least=0)
-  strength: float = option(1.0,
-    "lambda, how strongly the inner steps of imaml are drawn towards their start.", above=0)
+  strength: float | None = option(None,
+    "lambda, how strongly the inner steps of imaml are drawn towards their start; by default 1.",
+    above=0)
   weights: tuple[float, ...] | None = option(None,
     "The weights of combine, one for each of --inner_steps.")
   ways: int = option(5, "Classes in a task.", at_least=2)
@@ -63,11 +64,11 @@ class Training(Settings):
   inner_steps: int = option(5,
     "k, the minibatches of a training task, the tail included.", at_least=1)
   least_steps: int | None = option(None,
-    "If it is given, training tasks take different numbers of inner steps, from this one on to "
-    "--inner_steps less the tail.", at_least=1)
+    "If it is given, training tasks take different numbers of inner steps, from this one up to all "
+    "that come before the tail.", at_least=1)
   least_shots: int | None = option(None,
-    "If it is given, training tasks have different numbers of examples of each class, from this "
-    "one on to --train_shots less those of a separate tail.", at_least=1)
+    "If it is given, training tasks adapt to different numbers of examples of each class, from "
+    "this one up to all that are not in a separate tail.", at_least=1)
   loss_reduction: Literal["sum", "mean"] = option("sum", "Over the examples of a minibatch.")
   outer_optimizer: Literal["sgd", "adam"] = option("sgd",
     "Its gradient is phi - U^k(phi) for reptile and joint, that of the last loss for fomaml and "
@@ -233,8 +234,12 @@ class Recipe(Training, Judging, Cost):
       )
     if self.algorithm == "imaml" and self.inner_state != "fresh":
       raise ValueError(f"{given} begins each task with a new state: use --inner_state=fresh")
-    if self.algorithm == "cavia" and self.network == "resnet12":
-      raise ValueError(f"{given} is for networks with one line of convolutions: use conv4")
+    if self.algorithm == "imaml" and not self.adapt_norm:
+      raise ValueError(f"{given} adapts all parameters: use --adapt_norm")
+    if self.algorithm == "cavia" and self.network in ("resnet12", "finn"):
+      raise ValueError(
+        f"{given} scales and shifts the third of four layers: use --network=paper or conv4"
+      )
     if self.algorithm == "multi_step" and self.inner_steps < 2:
       raise ValueError(f"{given} has a loss after every inner step: use --inner_steps=2 or more")
     if self.algorithm == "prototypical" and self.tail == "shared":
@@ -243,6 +248,12 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(f"{given} learns nothing: use --meta_steps=1")
     if self.early_steps is not None and self.algorithm not in ("multi_step", "annealed"):
       raise ValueError("--early_steps is of multi_step and annealed: leave it out")
+    if (self.least_steps or self.least_shots) and self.algorithm in ("joint", "prototypical"):
+      raise ValueError(
+        f"--least_steps and --least_shots are of no use with {given}: leave them out"
+      )
+    if self.strength is not None and self.algorithm != "imaml":
+      raise ValueError("--strength is of imaml: leave it out")
     if self.least_steps is not None and self.least_steps > self.inner_steps - 1:
       raise ValueError(
         f"--least_steps={self.least_steps} is more than the {self.inner_steps - 1} inner steps "

@@ -13,7 +13,7 @@ import base64
 import collections
 import html
 import io
-import sys
+import string
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ def page(runs: Sequence[Run], report: Report) -> str:
     except (ValueError, OSError) as error:
       parts.append(f"<p>There are none to show: {_text(error)}.</p>")
   title = _text(", ".join(run.name for run in runs))
-  return _PAGE.replace("TITLE", title).replace("BODY", "\n".join(parts))
+  return string.Template(_PAGE).substitute(title=title, body="\n".join(parts))
 
 
 def _results(runs: Sequence[Run]) -> Iterator[str]:
@@ -117,12 +117,15 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
     first = run.lines[0]
     untrained = first.get("test", {}) if first["step"] == 0 else {}
     last = run.result["cells"] if run.result else run.lines[-1].get("test", {})
-    step = run.result["meta_steps"] if run.result else run.lines[-1]["step"]
+    step = (run.result or {}).get("meta_steps", run.lines[-1]["step"])
     state = "" if run.result else ", still training"
+    state = ", diverged" if run.result and "diverged" in run.result else state
     for cell, value in last.items():
       before = plots.percent(untrained[cell]) if cell in untrained else ""
       row = [run.name, cell, plots.percent(value), value.get("tasks", ""), before, f"{step}{state}"]
       rows.append(row)
+    if not last:
+      rows.append([run.name, "not judged yet", "", "", "", f"{step}{state}"])
   yield _table(["run", "test tasks", "accuracy", "tasks", "untrained", "meta-steps"], rows)
   ways = sorted({run.flags.get("ways", "") for run in runs})
   guess = ", ".join(f"{100 / int(way):.0f} % at {way} ways" for way in ways if way)
@@ -135,18 +138,22 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
 def _draw_accuracy(runs: Sequence[Run], path: Path) -> None:
   """One run with the curves of all splits, or several with those of test tasks."""
   styles = {"test": "-", "validation": "-.", "train": "--"}
+  one = len(runs) == 1
+  judged = lambda run, split: [line for line in run.lines if split in line]
+  shown = lambda run: [split for split in styles if judged(run, split)][: None if one else 1]
   curves = [
     (run, split, cell, f"C{number}")
-    for split in (styles if len(runs) == 1 else ("test",))
+    for split in styles
     for number, (run, cell) in enumerate(
-      (run, cell) for run in runs for cell in run.lines[0].get(split, {})
+      (run, cell) for run in runs if split in shown(run) for cell in judged(run, split)[0][split]
     )
   ]
   with plots.drawing(path, figsize=(8.5, 4.2)) as figure:
     axes = figure.subplots()
     for run, split, cell, color in curves:
-      steps, mean, band = plots.curve([run.lines], split, cell)
-      label = f"{run.name}, {cell}" if len(runs) > 1 else f"{split} tasks, {cell}"
+      steps, mean, band = plots.curve([judged(run, split)], split, cell)
+      name = "" if one else f"{_no_formula(run.name)}, "
+      label = f"{name}{split} tasks, {cell}"
       axes.plot(steps, mean, styles[split], color=color, marker=".", label=label)
       if split == "test":
         axes.fill_between(steps, mean - band, mean + band, color=color, alpha=0.2, lw=0)
@@ -154,6 +161,11 @@ def _draw_accuracy(runs: Sequence[Run], path: Path) -> None:
       axes.axhline(100 / ways, color="gray", ls=":", label=f"guessing, {ways} ways")
     axes.set(xlabel="meta-steps", ylabel="accuracy after adaptation (%)", ylim=(0, 100))
     _finish(figure, axes, title=plots.band_title(1))
+
+
+def _no_formula(name: str) -> str:
+  """A name that matplotlib does not take for a formula."""
+  return name.replace("$", r"\$")
 
 
 def _finish(figure: Any, axes: Any, **legend: Any) -> None:
@@ -172,7 +184,8 @@ def _draw_losses(runs: Sequence[Run], path: Path) -> None:
       for place, style in ((0, "--"), (-1, "-")):
         what = "first loss" if place == 0 else "last loss"
         values = [line["losses"][place] for line in lines]
-        axes.plot(steps, values, style, color=f"C{number}", marker=".", label=f"{run.name}, {what}")
+        label = f"{_no_formula(run.name)}, {what}"
+        axes.plot(steps, values, style, color=f"C{number}", marker=".", label=label)
     axes.set(xlabel="meta-steps", ylabel="loss of training tasks", ylim=(0, None))
     _finish(figure, axes)
 
@@ -220,7 +233,9 @@ def predict_tasks(run: Run, report: Report) -> list[Predicted]:
   learned = metajax.load(run.path / LEARNER)
   data = {"data_dir": report.data_dir, "cache_dir": report.cache_dir}
   splits = build.load(replace(recipe, **data))
-  shots, _ = recipe.shots_and_batches[-1]
+  if f"# {folders.describe(splits)}" not in (run.path / "flags.txt").read_text().splitlines():
+    raise ValueError("the data are not those that the run was trained on: give their --data_dir")
+  shots, _ = max(recipe.shots_and_batches)  # as the learner file
   sample_task = metajax.data.few_shot.sample_task(
     splits.test, ways=recipe.ways, train_shots=shots, test_shots=recipe.eval_queries
   )
@@ -234,8 +249,10 @@ def predict_tasks(run: Run, report: Report) -> list[Predicted]:
     return task, predict(params, task).argmax(axis=-1)
 
   found = []
-  for key in jax.random.split(jax.random.key(recipe.seed), report.tasks):
-    task, predictions = jax.device_get(one(key))
+  seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+  key = jax.random.fold_in(jax.random.key(seed), 0x7265706F)  # no other key of the run
+  for number in range(report.tasks):
+    task, predictions = jax.device_get(one(jax.random.fold_in(key, number)))
     classes = [str(splits.test.names[number]) for number in task.classes]
     support, queries = task.train, task.test
     found.append(
@@ -324,7 +341,7 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
+<title>$title</title>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem;
     max-width: 60rem; }
@@ -339,7 +356,7 @@ _PAGE = """<!DOCTYPE html>
 </style>
 </head>
 <body>
-BODY
+$body
 </body>
 </html>
 """
@@ -362,6 +379,4 @@ def program(report: Report, names: Sequence[str]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-  RUNS = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-  sys.argv[1:] = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-  cli.main_without_folder(partial(program, names=RUNS), Report())
+  cli.main_without_folder(program, Report(), positional=True)

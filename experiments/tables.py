@@ -142,6 +142,7 @@ def extrapolated(
   steps = np.array([step for step, _ in points]) / length
   errors = np.array([1 - found["accuracy"] for _, found in points])
   noise = np.array([found["interval95"] / 1.96 for _, found in points])
+  noise = np.maximum(noise, np.median(noise))  # points with no error at all are not without noise
   rng = np.random.default_rng(0)
   curves = errors + noise * rng.normal(size=(1_000, len(points)))
   best, ends = np.full(len(curves), np.inf), np.zeros(len(curves))
@@ -172,7 +173,8 @@ def of_family() -> Iterator[str]:
   accuracy = lambda row: row["cells"][ONE]["accuracy"]
   for name, row in sorted(result["methods"].items(), key=lambda one: -accuracy(one[1])):
     cells = [row["cells"][cell] for cell in ("1-shot inductive", ONE)]
-    shown = [f"{100 * cell['accuracy']:.2f} +- {100 * cell['interval95']:.2f}" for cell in cells]
+    interval = lambda cell: cell.get("interval95", cell.get("interval95_within_a_run"))
+    shown = [f"{100 * cell['accuracy']:.2f} +- {100 * interval(cell):.2f}" for cell in cells]
     shown.append(f"{row['train_seconds']:.0f}" if name != "scratch" else "")
     waves = row.get("waves")
     if waves is None:

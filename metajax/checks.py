@@ -224,6 +224,25 @@ def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) ->
       )
 
 
+def moves_everything(optimizer: optax.GradientTransformation, params: Params) -> None:
+  """Checks that the first update of the optimizer changes every parameter, for a gradient of 1."""
+  optimizer = optax.with_extra_args_support(optimizer)
+  like = _abstract(params)
+  extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
+
+  def update() -> Params:
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), like)
+    return optimizer.update(ones, optimizer.init(ones), ones, grad=ones, **extra)[0]
+
+  with jax.ensure_compile_time_eval():
+    for path, change in jax.tree_util.tree_leaves_with_path(jax.jit(update)()):
+      if not bool(jnp.any(change != 0)):
+        raise ValueError(
+          "imaml solves for all parameters, and this inner optimizer leaves "
+          f"{leaf_name(path)} as it is: use maml, or an optimizer that moves everything"
+        )
+
+
 def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
   """Checks that the optimizer's update has a finite derivative where entries of a gradient are 0.
 

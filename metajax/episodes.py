@@ -70,14 +70,14 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
 def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: int = 1) -> Schedule:
   """Like `cycling`, over a part of the examples whose size differs from task to task.
 
-  The number of shots is drawn uniformly, from `at_least` to those of the task. As many examples of
-  each class take part; the others are not used.
+  The number of shots is drawn uniformly, from `at_least` to those of the task. So many examples of
+  each class, drawn at random, take part; the others are not used.
 
   Args:
     num_steps: `k`, the minibatches of one episode.
     batch_size: `b`, the examples of one minibatch.
-    ways: the classes of a task, with equally many examples that are sorted by class, as those of
-      `few_shot.sample_task`; 1 where there are no classes.
+    ways: the classes of a task, whose examples are sorted by class and equally many, as those of
+      `few_shot.sample_task`. With 1, the part is drawn from all examples, whatever their class.
     at_least: the fewest shots.
 
   Returns:
@@ -95,9 +95,11 @@ def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: i
         f"{n} examples are not at least {at_least} of each of {ways} classes: change ways, lower "
         "at_least or raise the shots"
       )
-    size_key, order_key = jax.random.split(key)
+    size_key, part_key, order_key = jax.random.split(key, 3)
     shots = jax.random.randint(size_key, (), at_least, n // ways + 1)
-    takes_part = jnp.arange(n) % (n // ways) < shots
+    columns = jnp.tile(jnp.arange(n // ways), (ways, 1))
+    ranks = jax.random.permutation(part_key, columns, axis=1, independent=True)
+    takes_part = ranks.reshape(n) < shots
     passes = -(-num_steps * batch_size // (ways * at_least))  # no more than these are begun
     scores = jnp.where(takes_part, jax.random.uniform(order_key, (passes, n)), 2.0)
     shuffles = jnp.argsort(scores, axis=1).astype(jnp.int32)  # those that take part come first

@@ -205,8 +205,8 @@ def inner_update(
     pool: the task's examples `[n, ...]`.
     schedule: int32 `[k, b]`, the rows of the pool that each step sees.
     key: for a loss that draws random numbers; step i is given `fold_in(key, i)`, counted from 0.
-    steps: how many steps are taken, on the first rows, as an int32; None for all. The losses of the
-      other rows are those of the parameters that the last step led to.
+    steps: how many steps are taken, on the first rows, as an int32; None for all. The losses after
+      them are those of the first minibatch at the parameters that the last step led to.
     remat: recompute the activations of a step when differentiating through it, instead of keeping
       them in memory.
 
@@ -230,10 +230,14 @@ def turns(
   loss_fn: LossFn, schedule: jax.Array, key: PRNGKey | None, steps: jax.Array | None
 ) -> Turn:
   """The turns of the inner steps on a schedule `[k, b]`, to be scanned over: see `inner_update`."""
-  numbers, keys = jnp.arange(num_steps(schedule)), None
+  numbers, keys, taken = jnp.arange(num_steps(schedule)), None, None
   if key is not None and checks.asks_for_key(loss_fn):
     keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-  return Turn(schedule, keys, None if steps is None else numbers < steps)
+  if steps is not None:
+    taken = numbers < steps
+    # A step that is not taken must not see what could make its gradient NaN: 0 * NaN is NaN.
+    schedule = jnp.where(taken[:, None], schedule, schedule[:1])
+  return Turn(schedule, keys, taken)
 
 
 def forward_over_reverse(loss_fn: LossFn) -> LossFn:

@@ -48,7 +48,7 @@ class Episode(NamedTuple):
     pool: `[n, ...]`.
     schedule: int32 `[k - 1, b]`, rows of the pool.
     tail: `[m, ...]`; `m` need not equal `b`.
-    key: for losses that draw random numbers, such as dropout: L_i is given `fold_in(key, i)`.
+    key: for losses that draw random numbers, such as dropout: L_i is given `fold_in(key, i - 1)`.
     steps: int32, how many of the `k - 1` inner steps this task takes, where tasks take different
       numbers of them; None for all.
   """

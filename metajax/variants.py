@@ -223,19 +223,22 @@ def imaml(
 ) -> MetaGradient:
   """Implicit MAML (Rajeswaran et al. 2019), in memory that does not grow with k.
 
-  The inner steps minimize L(psi) + lambda / 2 ||psi - phi||^2, with L the loss of the whole pool at
-  the end. At the minimum psi, the meta-gradient is (I + L''(psi) / lambda)^-1 L_k'(psi), which
-  conjugate gradients solve for. It is exact in the limit of many inner steps.
+  The inner steps minimize L(psi) + lambda / 2 ||psi - phi||^2, with L the mean of the losses of the
+  minibatches. At the minimum psi, the meta-gradient is (I + L''(psi) / lambda)^-1 L_k'(psi), which
+  conjugate gradients solve for. It is exact in the limit of many inner steps on the whole pool. If
+  a minibatch is as large as the pool, L'' is computed of the first one only.
 
   Args:
-    loss_fn: as for `maml`; with a key, the loss of the pool has the key of L_k.
-    optimizer: the inner optimizer, which is given the gradient with the regularizer's.
+    loss_fn: as for `maml`; with a key, L'' has the key of L_k.
+    optimizer: the inner optimizer, which is given the gradient with the regularizer's. It must move
+      all parameters.
     strength: lambda, positive.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
     iterations: of conjugate gradients.
 
   Raises:
-    ValueError: if lambda is not positive, there is no iteration, or the optimizer is `carried`.
+    ValueError: if lambda is not positive, there is no iteration, or the optimizer is `carried`; in
+      `init`, if the optimizer leaves a parameter as it is.
   """
   checks.at_least_one(iterations=iterations)
   if isinstance(optimizer, Carried):
@@ -245,7 +248,13 @@ def imaml(
   if not strength > 0:
     raise ValueError(f"strength must be positive, not {strength}")
   inner = optax.chain(towards_start(strength), optimizer)
-  of_pool, last_loss = checks.loss(loss_fn), checks.loss(outer_loss or loss_fn)
+  of_batch, last_loss = checks.loss(loss_fn), checks.loss(outer_loss or loss_fn)
+  plain = reptile(loss_fn, inner)  # begins and adapts alike
+
+  def init(params: Params) -> InnerState:
+    state = plain.init(params)
+    checks.moves_everything(inner, params)
+    return state
 
   def estimate(
     params: Params, inner_state: InnerState, episode: Episode
@@ -255,7 +264,22 @@ def imaml(
     learner, info = inner_update(loss_fn, inner, start, pool, schedule, step_key, steps=steps)
     of_tail = jax.value_and_grad(last_loss, has_aux=True)
     (last, metrics), gradient = of_tail(learner.params, tail, key)
-    slope = jax.grad(lambda params: of_pool(params, pool, key)[0])
+    whole = schedule.shape[1] == num_examples(pool)
+    each = (
+      turns(loss_fn, schedule[:1], None, None) if whole else turns(loss_fn, schedule, None, steps)
+    )
+
+    def slope(params: Params) -> Params:
+      """L', in memory that does not grow with the number of minibatches."""
+
+      def add(total: Params, turn: Turn) -> tuple[Params, None]:
+        grads = jax.grad(of_batch, has_aux=True)(params, take(pool, turn.rows), key)[0]
+        weight = 1.0 if turn.taken is None else turn.taken
+        return jax.tree.map(lambda t, g: t + weight * g, total, grads), None
+
+      total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), each)
+      number = len(each.rows) if each.taken is None else jnp.sum(each.taken)
+      return jax.tree.map(lambda t: t / jnp.maximum(number, 1), total)
 
     def product(vector: Params) -> Params:
       curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
@@ -264,7 +288,7 @@ def imaml(
     gradient, _ = jax.scipy.sparse.linalg.cg(product, gradient, maxiter=iterations)
     return gradient, end_task(inner, learner), appended(info, last, metrics)
 
-  return reptile(loss_fn, inner)._replace(estimate=estimate)  # which adapts and begins alike
+  return plain._replace(init=init, estimate=estimate)
 
 
 def multi_step(
@@ -338,19 +362,39 @@ def switched(first: MetaLearner, then: MetaLearner, at: int) -> MetaLearner:
   ... )
   >>> learner = switched(early, late, at=5_000)
 
-  Both learners must have the same states and the same number of losses. The learner adapts as the
-  second one does.
+  Both learners must have the same states and log the same. The learner adapts as the second one.
 
   Args:
     first: for the meta-steps before `at`.
     then: for the others.
     at: the number of meta-steps after which the learners are switched.
+
+  Raises:
+    ValueError: if `at` is negative; in `init` and `step`, if the learners' states differ, or what
+      they log.
   """
+  if at < 0:
+    raise ValueError(f"at must be a number of meta-steps, not {at}")
+
+  def init(params: Params) -> MetaState:
+    one, other = first.init(params), then.init(params)
+    if str(jax.tree.structure(one)) != str(jax.tree.structure(other)):
+      raise ValueError(
+        "learners that are switched must have the same state: give both the same outer optimizer, "
+        "execution and inner optimizer"
+      )
+    return other
 
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
+    logs = [jax.eval_shape(one.step, state, episodes)[1] for one in (first, then)]
+    if logs[0] != logs[1]:
+      raise ValueError(
+        "learners that are switched must log the same: give both the same loss, number of losses, "
+        "metrics and skip_nonfinite"
+      )
     return jax.lax.cond(state.step < at, first.step, then.step, state, episodes)
 
-  return then._replace(step=step)
+  return then._replace(init=init, step=step)
 
 
 def nearest_prototype(embed: Apply, ways: int) -> Predict:

@@ -51,7 +51,8 @@ def cases(table):
 
 SEPARATE, COMBINE = {"tail": "separate"}, {"algorithm": "combine"}
 MAML, CHUNKED = {"algorithm": "maml"}, {"execution": "chunked"}
-RATES = {"algorithm": "meta_sgd"}
+RATES, SGD = {"algorithm": "meta_sgd"}, {"inner_optimizer": "sgd"}
+IMAML = {"algorithm": "imaml", "inner_state": "fresh"}
 LOSSES = {"algorithm": "multi_step", "inner_optimizer": "sgd"}
 
 FEW_SHOT = [
@@ -121,6 +122,10 @@ FEW_SHOT = [
   ("carried iMAML", {"algorithm": "imaml"}, "with a new state: use --inner_state=fresh"),
   ("no inner loss", {**LOSSES, "inner_steps": 1}, "after every inner step: use --inner_steps=2"),
   ("prototypes of all", {"algorithm": "prototypical"}, "tail with the other examples: use --tail="),
+  ("iMAML, fixed norm", {**IMAML, "adapt_norm": False}, "adapts all parameters: use --adapt_norm"),
+  ("context of others", {"algorithm": "cavia", **SGD, "network": "finn"}, "use --network=paper or"),
+  ("strength of others", {"strength": 2.0}, "--strength is of imaml: leave it out"),
+  ("shots of joint", {"algorithm": "joint", "least_shots": 1}, "are of no use with .*=joint"),
   ("idle training", {"algorithm": "scratch"}, "learns nothing: use --meta_steps=1"),
   ("idle early steps", {"early_steps": 3}, "--early_steps is of multi_step and annealed: leave"),
   ("too many steps", {"least_steps": 2}, "--least_steps=2 is more than the 1 inner steps before"),

@@ -3,7 +3,9 @@
 import http.client
 import json
 import shutil
+import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,6 +102,9 @@ def test_only_the_page_and_only_for_this_machine(server):
     json.dumps({"examples": drawings(1, 2, 3), "drawing": [2.0] * 784}),
     json.dumps({"examples": drawings(1, 2, 3), "drawing": [float("nan")] * 784}),
     json.dumps({"examples": drawings(1, 2, 3), "drawing": ["x"] * 784}),
+    json.dumps({"examples": drawings(1, 2, 3), "drawing": [10**400] * 784})[:30_000],
+    json.dumps({"examples": [[0] * 784] * 3, "drawing": [10**400] + [0] * 783}),
+    "[" * 30_000,
   ],
 )
 def test_other_requests_are_refused(server, body):
@@ -107,7 +112,15 @@ def test_other_requests_are_refused(server, body):
   assert status == 400 and "\n" not in found["error"]
 
 
+def test_an_idle_connection_does_not_hold_up_others(server):
+  with socket.create_connection(("127.0.0.1", server.server_port)):
+    start = time.perf_counter()
+    assert ask(server, "GET", "/")[0] == 200
+    assert time.perf_counter() - start < 2
+
+
 def test_size_and_rate_are_bounded(server):
+  assert ask(server, "POST", "/predict", None, **{"Content-Length": "\u00b2"})[0] == 404
   connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
   connection.putrequest("POST", "/predict")
   connection.putheader("Content-Length", str(demo.LARGEST + 1))

@@ -84,20 +84,22 @@ def test_sizes_must_be_positive(draw, sizes):
 def test_varying_shots_draws_as_many_of_each_class():
   ways, shots = 3, 5
   schedule = jax.jit(metajax.varying_shots(4, 6, ways=ways, at_least=2), static_argnums=1)
-  sizes = []
+  sizes, uses = [], np.zeros(ways * shots)
   for seed in range(60):
     rows = np.asarray(schedule(jax.random.key(seed), ways * shots))
     assert rows.shape == (4, 6) and rows.dtype == np.int32
     drawn = np.unique(rows)
     each = np.bincount(drawn // shots, minlength=ways)
     assert np.all(each == each[0])  # 24 rows are at least one pass over all that take part
-    assert np.all(drawn % shots < each[0])
     sizes.append(each[0])
+    uses[drawn] += 1
     stream, total = rows.reshape(-1), ways * each[0]
     for first in range(0, len(stream), total):
       one_pass = stream[first : first + total]
       assert len(set(one_pass)) == len(one_pass)
   assert set(sizes) == {2, 3, 4, 5} and all(sizes.count(size) > 5 for size in (2, 3, 4, 5))
+  expected = np.mean(sizes) / shots * 60  # the same for all examples, the first and the last
+  assert np.all(np.abs(uses - expected) < 4 * np.sqrt(expected * (1 - expected / 60)))
 
 
 def test_varying_shots_of_all_examples_shuffle_each_pass():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import metajax
-from experiments import report
+from experiments import cli, folders, report
 from experiments.report import Predicted, Report
 
 
@@ -74,7 +74,7 @@ def write_run(folder, steps, *, complete=True, **flags):
 
 def written(tmp_path, *runs, **options):
   out = tmp_path / "page.html"
-  report.program(Report(out=str(out), **options), runs)()
+  report.program(Report(out=str(out), **options), list(runs))()
   return out
 
 
@@ -122,11 +122,41 @@ def test_the_learner_is_asked(tmp_path, monkeypatch, splits):
     metajax, "inductive", lambda apply: lambda params, task: apply(params, task.test.inputs)
   )
   monkeypatch.setattr(report.build, "load", lambda recipe: splits)
-  run = report.read_run(write_run(tmp_path / "run", 4, ways=3, eval_shots=1, eval_batch=3))
+  path = write_run(tmp_path / "run", 4, ways=3, eval_shots="2,1", eval_batch=3)
+  run = report.read_run(path)
+  with pytest.raises(ValueError, match="not those that the run was trained on"):
+    report.predict_tasks(run, Report(tasks=2))
+  with (tmp_path / "run" / "flags.txt").open("a") as file:
+    file.write(f"# {folders.describe(splits)}\n")
   first, second = report.predict_tasks(run, Report(tasks=2))
   assert first.predictions.tolist() == [0, 2, 2] and first.truth.tolist() == [0, 1, 2]
-  assert first.support.shape == (3, 28, 28, 1) and len(set(first.classes)) == 3
+  assert first.support.shape == (6, 28, 28, 1) and len(set(first.classes)) == 3
   assert first.classes != second.classes
+
+
+def test_runs_of_other_kinds(tmp_path):
+  """One that diverged, one judged on training tasks only, and names that mean something else."""
+  diverged = write_run(tmp_path / "diverged", 4)
+  guess = {"1-shot inductive": {**cell(0.2), "tasks": 4}}
+  content = json.dumps({"cells": guess, "diverged": "at meta-step 3"})
+  (tmp_path / "diverged" / "result.json").write_text(content)
+  other = write_run(tmp_path / "a$x_{$BODY", 4, complete=False)
+  lines = (tmp_path / "a$x_{$BODY" / "metrics.jsonl").read_text()
+  (tmp_path / "a$x_{$BODY" / "metrics.jsonl").write_text(lines.replace('"test"', '"train"'))
+  page = written(tmp_path, diverged, other, tasks=0).read_text()
+  results = Tables(page).tables[0]
+  assert results[1][-1] == "4, diverged" and results[1][2] == "20.00 +- 1.00 %"
+  assert results[2][:2] == ["a$x_{$BODY", "not judged yet"]
+  assert "<title>diverged, a$x_{$BODY</title>" in page
+
+
+def test_flags_may_stand_anywhere(tmp_path):
+  run, out = write_run(tmp_path / "run", 4), str(tmp_path / "page.html")
+  rest = []
+  (found,) = cli.parse(["--tasks", "0", run, f"--out={out}"], (Report(),), rest=rest)
+  assert found == Report(tasks=0, out=out) and rest == [run]
+  with pytest.raises(ValueError, match="unexpected argument"):
+    cli.parse([run], (Report(),))
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):

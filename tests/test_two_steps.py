@@ -197,6 +197,23 @@ def test_two_meta_steps_are_those_of_plain_loops(
     )
 
 
+def test_a_step_that_is_not_taken_cannot_spoil_a_gradient(x64):
+  """It sees an example that would make its loss NaN."""
+  episode = problems.episode(0, k=3, batch_size=2)
+  rows = jnp.array([[0, 1], [2, 3]], jnp.int32)
+  inputs = episode.pool.inputs.at[2].set(jnp.nan)
+  episode = episode._replace(
+    pool=episode.pool._replace(inputs=inputs), schedule=rows, steps=jnp.int32(1)
+  )
+  gradient = metajax.maml(LOSS, optax.sgd(RATE))
+  found, _, info = jax.jit(gradient.estimate)(problems.weights(), (), episode)
+  shorter = episode._replace(schedule=rows[:1], steps=None)
+  np.testing.assert_allclose(
+    found, jax.jit(gradient.estimate)(problems.weights(), (), shorter)[0], rtol=1e-9
+  )
+  assert np.all(np.isfinite(info.losses))
+
+
 SHORTER = {
   "reptile": lambda steps: metajax.reptile,
   "fomaml": lambda steps: metajax.fomaml,

@@ -223,6 +223,35 @@ def test_imaml_is_exact_on_quadratics(x64):
   np.testing.assert_allclose(adapted, psi, rtol=1e-8)
 
 
+def test_imaml_minimizes_the_losses_of_the_minibatches(x64):
+  """A sum over minibatches that are smaller than the pool: the curvature is that of a minibatch."""
+  one, tail = quadratics(1, 3), quadratics(3, 4)
+  pool = jax.tree.map(lambda leaf: jnp.repeat(leaf, 6, axis=0), one)  # six equal examples
+  total = lambda params, batch: len(batch.inputs) * quadratic(params, batch)
+  schedule = jnp.tile(jnp.array([[0, 1], [2, 3], [4, 5]], jnp.int32), (200, 1))
+  episode = metajax.Episode(pool, schedule, tail)
+  phi, strength = jnp.asarray(np.random.default_rng(5).normal(size=4)), 0.7
+  gradient = imaml(total, optax.sgd(0.05), strength, iterations=4)
+  matrix, centre = 2 * np.asarray(one.inputs[0]), np.asarray(one.targets[0])
+  of_tail = np.mean(tail.inputs, axis=0)
+  inverse = np.linalg.inv(matrix + strength * np.eye(4))
+  psi = inverse @ (matrix @ centre + strength * np.asarray(phi))
+  expected = strength * inverse @ (3 * of_tail) @ (psi - np.mean(tail.targets, axis=0))
+  found = jax.jit(gradient.estimate)(phi, (), episode)[0]
+  np.testing.assert_allclose(found, expected, rtol=1e-7)
+  shorter = jax.jit(gradient.estimate)(phi, (), episode._replace(steps=jnp.int32(450)))[0]
+  np.testing.assert_allclose(shorter, expected, rtol=1e-6)
+
+
+def test_imaml_is_refused_what_it_cannot_do():
+  params = start()
+  with pytest.raises(ValueError, match="this inner optimizer leaves body/w as it is: use maml"):
+    imaml(loss, only(optax.sgd(RATE), lambda name: "head" in name), 1.0).init(params)
+  with pytest.raises(ValueError, match="begin anew in each task: give the optimizer without"):
+    imaml(loss, metajax.carried(optax.sgd(RATE)), 1.0)
+  imaml(loss, optax.adam(RATE), 1.0).init(params)
+
+
 def temporary_bytes(gradient, k):
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
   episode = problems.episode(0, k=k)
@@ -294,6 +323,17 @@ def test_first_order_at_first_and_then_second_order():
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, state.params, expected)
 
+  with pytest.raises(ValueError, match="must log the same"):
+    skips = metajax.skip_nonfinite(metajax.fomaml(loss, optax.sgd(RATE)))
+    other = metajax.meta_learner(skips, optax.adam(0.01), metajax.vmapped(2))
+    switched(other, learners[1], at=1).step(other.init(params), episodes)
+  with pytest.raises(ValueError, match="must have the same state"):
+    outer = metajax.meta_learner(
+      metajax.maml(loss, optax.sgd(RATE)), optax.sgd(0.01), metajax.vmapped(2)
+    )
+    switched(outer, learners[1], at=1).init(params)
+  with pytest.raises(ValueError, match="at must be a number of meta-steps, not -1"):
+    switched(*learners, at=-1)
   learner = switched(*learners, at=1)
   both, step = learner.init(params), jax.jit(learner.step)
   for _ in range(2):
