@@ -9,6 +9,7 @@ The same command resumes those that were interrupted. The run folder (--out) get
 family.png and family.svg, and a folder for each run.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +22,14 @@ import numpy as np
 import optax
 
 import metajax
-from experiments import algorithms, cli, folders, jobs, plots, runs
+from experiments import algorithms, build, cli, folders, jobs, plots, runs
 from experiments.recipes import FAMILY, Cost, Recipe
 from experiments.settings import option, values_of
 from metajax import variants
 
 STEPS = (0, 1, 5, 10)  # gradient steps on a new wave after which it is judged
 _POINTS, _TASKS, _LOSSES = 10, 4, 6  # ten points of a wave, T and k
+_TIMED, _CALLS = 5, 4  # meta-steps in a call that is timed, and how often it is
 _CONTEXT = 5  # inputs of CAVIA's network besides x
 WAVE_RATES = {"cavia": 0.3}  # of the inner SGD on waves; of the others 0.02
 _STRENGTH = 10.0  # lambda of implicit MAML on waves
@@ -93,9 +95,8 @@ def on_waves(name: str, family: Family, seed: int, out: Path, mesh: jax.sharding
   init_key, train_key, test_key = jax.random.split(jax.random.key(seed), 3)
   model, learner, sample_task, make_episode = wave_learner(name, family.wave_steps)
   state = learner.init(jax.jit(model.init)(init_key))
-  seconds = 0.0
   if name != "scratch":
-    record = metajax.train(
+    state = metajax.train(
       learner,
       sample_task,
       make_episode,
@@ -106,8 +107,7 @@ def on_waves(name: str, family: Family, seed: int, out: Path, mesh: jax.sharding
       mesh=mesh,
       should_stop=jobs.stopping,
       progress=partial(jobs.progress, mesh=mesh, desc=f"{name}, waves"),
-    )
-    state, seconds = record.state, record.seconds
+    ).state
 
   def losses(state: metajax.MetaState, key: jax.Array) -> jax.Array:
     wave = metajax.data.sine.sample_task()(key)
@@ -122,7 +122,6 @@ def on_waves(name: str, family: Family, seed: int, out: Path, mesh: jax.sharding
   result = {
     "loss": [round(cell.mean, 6) for cell in summary],
     "interval95": [round(cell.interval, 6) for cell in summary],
-    "train_seconds": round(seconds, 3),
   }
   folder.finish(result)
   return result
@@ -182,6 +181,41 @@ def _with_context() -> metajax.Model:
   return metajax.Model(network.init, apply)
 
 
+def pace(
+  learner: metajax.MetaLearner,
+  sample_task: Any,
+  make_episode: Any,
+  params: Any,
+  mesh: jax.sharding.Mesh,
+) -> float:
+  """Milliseconds of a meta-step when nothing else runs; the mean of the first and of late ones."""
+  steps = metajax.run(learner, sample_task, make_episode, _TIMED)
+  state, key = metajax.programs.on_mesh((learner.init(params), jax.random.key(0)), mesh)
+  program = metajax.programs.compiled(steps, mesh, state, key)
+  both = []
+  for step in (0, 2**30):  # a learner that is switched is another one by then
+    there, took = state._replace(step=jnp.full_like(state.step, step)), []
+    for _ in range(_CALLS):
+      start = time.perf_counter()
+      jax.block_until_ready(program(there, key))
+      took.append(time.perf_counter() - start)
+    both.append(min(took) / _TIMED)
+  return round(1e3 * sum(both) / 2, 3)
+
+
+def paces(name: str, recipe: Recipe) -> dict[str, float]:
+  """The pace of a method on Omniglot and on waves, on one device."""
+  mesh, key = metajax.task_mesh(jax.devices()[:1]), jax.random.key(0)
+  splits = metajax.programs.on_mesh(build.load(recipe), mesh)
+  one = build.build(recipe, splits, mesh)
+  params = one.model.init(key)
+  found = {"omniglot": pace(one.learner, one.sample_task, one.make_episode, params, mesh)}
+  if name not in _NO_WAVES:
+    model, learner, sample_task, make_episode = wave_learner(name, 1_000)
+    found["waves"] = pace(learner, sample_task, make_episode, model.init(key), mesh)
+  return found
+
+
 def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) -> folders.Line:
   """Trains what is not complete, and returns the content of result.json."""
   on_both = [(name, seed) for name in by_method for seed in range(seeds) if name not in _NO_WAVES]
@@ -201,13 +235,13 @@ def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) 
     found = [results[out] for _, _, out in of_seeds]
     methods[name] = {
       "cells": plots.cells_over_seeds(found),
-      "train_seconds": round(float(np.mean([one["train_seconds"] for one in found])), 3),
+      "step_ms": paces(name, of_seeds[0][1]),  # one by one, after all training
     }
     of_waves = [one for (method, _), one in zip(on_both, waves, strict=True) if method == name]
     if of_waves:
       methods[name]["waves"] = {
         key: np.mean([one[key] for one in of_waves], axis=0).round(6).tolist()
-        for key in ("loss", "interval95", "train_seconds")
+        for key in ("loss", "interval95")
       }
   result: folders.Line = {
     "methods": {name: methods[name] for name in FAMILY if name in methods},
@@ -235,11 +269,11 @@ def report(result: folders.Line) -> None:
   )
   for name, row in result["methods"].items():
     cells = ", ".join(f"{cell} {plots.percent(value)}" for cell, value in row["cells"].items())
-    print(f"  {TITLES[name]}: {cells}, in {row['train_seconds']:.0f} s")
+    print(f"  {TITLES[name]}: {cells}; {row['step_ms']['omniglot']:.0f} ms a meta-step")
     if "waves" in row:
       losses = zip(row["waves"]["loss"], row["waves"]["interval95"], strict=True)
       shown = ", ".join(f"{loss:.3f} +- {interval:.3f}" for loss, interval in losses)
-      print(f"    waves: {shown}, in {row['waves']['train_seconds']:.0f} s")
+      print(f"    waves: {shown}; {row['step_ms']['waves']:.2f} ms a meta-step")
 
 
 def draw(result: folders.Line, path: Path) -> None:
@@ -252,21 +286,21 @@ def draw(result: folders.Line, path: Path) -> None:
       style = {"fmt": "osD^v<>"[number % 7], "color": f"C{number % 10}", "capsize": 3}
       found = row["cells"][cell]
       interval = found.get("interval95", found.get("interval95_within_a_run"))
-      at = row["train_seconds"], 100 * found["accuracy"]
+      at = row["step_ms"]["omniglot"] * result["meta_steps"] / 1e3, 100 * found["accuracy"]
       omniglot.errorbar(*at, yerr=100 * interval, label=TITLES[name], **style)
       if "waves" in row:
         one = row["waves"]
         last = len(one["loss"]) - 1
-        at = one["train_seconds"], one["loss"][last]
+        at = row["step_ms"]["waves"] * result["wave_steps"] / 1e3, one["loss"][last]
         waves.errorbar(*at, yerr=one["interval95"][last], **style)
     omniglot.set(
-      xlabel="training time (s)",
+      xlabel="training time on one core (s)",
       ylabel="accuracy on test tasks (%)",
       title=f"5-way 1-shot Omniglot, transductive, {result['meta_steps']:,} meta-steps",
       xscale="log",
     )
     waves.set(
-      xlabel="training time (s)",
+      xlabel="training time on one core (s)",
       ylabel=f"squared error after {result['steps'][-1]} gradient steps",
       title=f"sine waves, {result['wave_steps']:,} meta-steps",
       xscale="log",

@@ -449,7 +449,7 @@ FAMILY: dict[str, Recipe] = {
   "layer_rates": _of_family("layer_rates"),
   "anil": _of_family("anil"),
   "boil": _of_family("boil"),
-  "cavia": _of_family("cavia", inner_rate=1.0),
+  "cavia": _of_family("cavia", inner_rate=10.0),
   "imaml": _of_family("imaml"),
   "prototypical": _of_family("prototypical", meta_batch=16),
   "joint": _of_family("joint", **_AS_REPTILE | {"meta_batch": 16}),

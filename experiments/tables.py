@@ -165,9 +165,9 @@ def of_family() -> Iterator[str]:
   result = folders.finished(RESULTS / "family")
   steps = result["steps"]
   yield (
-    "| algorithm | Omniglot | transductive | seconds | waves, "
-    + " | ".join(f"{step} steps" for step in steps[1:])
-    + " | seconds |"
+    "| algorithm | Omniglot | transductive | ms a meta-step | waves, "
+    + " | ".join(f"{step} {'step' if step == 1 else 'steps'}" for step in steps[1:])
+    + " | ms a meta-step |"
   )
   yield "|---" * (5 + len(steps)) + "|"
   accuracy = lambda row: row["cells"][ONE]["accuracy"]
@@ -175,14 +175,14 @@ def of_family() -> Iterator[str]:
     cells = [row["cells"][cell] for cell in ("1-shot inductive", ONE)]
     interval = lambda cell: cell.get("interval95", cell.get("interval95_within_a_run"))
     shown = [f"{100 * cell['accuracy']:.2f} +- {100 * interval(cell):.2f}" for cell in cells]
-    shown.append(f"{row['train_seconds']:.0f}" if name != "scratch" else "")
+    shown.append(f"{row['step_ms']['omniglot']:.0f}" if name != "scratch" else "")
     waves = row.get("waves")
     if waves is None:
       shown += [""] * len(steps)
     else:
       pairs = list(zip(waves["loss"], waves["interval95"], strict=True))
       shown += [f"{loss:.3f} +- {interval:.3f}" for loss, interval in pairs[1:]]
-      shown.append(f"{waves['train_seconds']:.0f}" if name != "scratch" else "")
+      shown.append(f"{row['step_ms']['waves']:.1f}" if name != "scratch" else "")
     yield f"| {family.TITLES[name]} | {' | '.join(shown)} |"
 
 
