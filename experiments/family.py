@@ -235,7 +235,8 @@ def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) 
     found = [results[out] for _, _, out in of_seeds]
     methods[name] = {
       "cells": plots.cells_over_seeds(found),
-      "step_ms": paces(name, of_seeds[0][1]),  # one by one, after all training
+      # One by one, after all training.
+      "step_ms": methods.get(name, {}).get("step_ms") or paces(name, of_seeds[0][1]),
     }
     of_waves = [one for (method, _), one in zip(on_both, waves, strict=True) if method == name]
     if of_waves:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -50,6 +51,7 @@ def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
   tiny = {**TINY, "train_shots": 3, "tail_shots": 1}
   for name, recipe in FAMILY.items():
     monkeypatch.setitem(FAMILY, name, replace(recipe, **{**tiny, "meta_steps": 1}))
+  monkeypatch.setattr(family, "paces", lambda name, recipe: {"omniglot": 2.0, "waves": 0.5})
   methods = ("meta_sgd", "prototypical")
   chosen = family.Family(methods=methods, meta_steps=2, wave_steps=2, eval_tasks=4, seed=3)
   result = execute(family, chosen, out=str(tmp_path))
@@ -65,6 +67,23 @@ def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
   (tmp_path / "family.png").unlink()
   execute(family, family.Family(), out=str(tmp_path), plot_only=True)
   assert (tmp_path / "family.png").exists() and (tmp_path / "family.svg").exists()
+
+
+def test_the_pace_is_the_mean_of_early_and_late_meta_steps(monkeypatch):
+  """By a clock that goes 10 ms in an early meta-step and 30 ms in a late one, or more."""
+  clock, calls = [0.0], []
+
+  def program(state, key):
+    calls.append(int(state.step))
+    clock[0] += family._TIMED * (0.01 if state.step == 0 else 0.03) + 0.001 * (len(calls) == 1)
+    return state
+
+  monkeypatch.setattr(metajax.programs, "compiled", lambda *arguments: program)
+  monkeypatch.setattr(family, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+  model, *rest = family.wave_learner("annealed", 10)
+  mesh = metajax.task_mesh(jax.devices()[:1])
+  assert family.pace(*rest, model.init(jax.random.key(0)), mesh) == pytest.approx(20.0)
+  assert set(calls) == {0, 2**30} and len(calls) == 2 * family._CALLS
 
 
 def test_all_methods_of_the_family_take_the_gradients_of_as_many_losses():
