@@ -298,16 +298,15 @@ def draw(result: folders.Line, path: Path) -> None:
       xlabel="training time on one core (s)",
       ylabel="accuracy on test tasks (%)",
       title=f"5-way 1-shot Omniglot, transductive, {result['meta_steps']:,} meta-steps",
-      xscale="log",
     )
     waves.set(
       xlabel="training time on one core (s)",
       ylabel=f"squared error after {result['steps'][-1]} gradient steps",
       title=f"sine waves, {result['wave_steps']:,} meta-steps",
-      xscale="log",
       yscale="log",
     )
     for axes in (omniglot, waves):
+      axes.set_xlim(0, None)
       axes.grid(alpha=0.3, which="both")
     title = f"bars: 95 % interval\nover {result['tasks']:,} tasks"
     labelled = omniglot.get_legend_handles_labels()
