@@ -36,7 +36,7 @@ class Demo(Settings):
   """Which learner is shown, and where."""
 
   learner: str = option(
-    "glyphs_5way_reptile",
+    "omniglot_5way_reptile",
     "A learner file of 28 x 28 gray images, or the name of a learner of metajax.",
   )
   port: int = option(8642, "Of the address; 0 for any that is free.", at_least=0)

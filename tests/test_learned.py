@@ -366,9 +366,11 @@ def test_adaptation_is_exported_to_a_process_without_metajax(learned, tmp_path):
   np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_learner_that_comes_with_metajax(splits):
-  learned = metajax.load("glyphs_5way_reptile")
-  assert learned.recipe.about["data"] == "glyphs" and learned.recipe.network["name"] == "omniglot"
+@pytest.mark.parametrize("data", ["glyphs", "omniglot"])
+def test_a_learner_that_comes_with_metajax(data, splits):
+  """Drawn characters are told apart by what was trained on them, and on real ones."""
+  learned = metajax.load(f"{data}_5way_reptile")
+  assert learned.recipe.about["data"] == data and learned.recipe.network["name"] == "omniglot"
   task = metajax.data.few_shot.sample_task(splits.test, ways=5, train_shots=5, test_shots=4)(KEY)
   found = learned.adapt(task.train.inputs, task.train.targets)(task.test.inputs)
   assert np.mean(found.labels == task.test.targets) >= 0.7
