@@ -5,8 +5,8 @@
 Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and on sine waves. A
 meta-step has as many losses for all of them; what differs is what is computed from these, and so
 the seconds that it takes. Runs are independent: each has its own device, and several run at once.
-The same command resumes those that were interrupted. The run folder (--out) gets result.json,
-family.png and family.svg, and a folder for each run.
+The same command resumes those on Omniglot that were interrupted. The run folder (--out) gets
+result.json, family.png and family.svg, and a folder for each run.
 """
 
 import time
@@ -172,9 +172,7 @@ def _with_context() -> metajax.Model:
   """The network for sine waves with a context as further inputs, as in Zintgraf et al. (2019)."""
   network = metajax.models.mlp(1 + _CONTEXT, 1, activation="tanh")
 
-  def apply(params: Any, x: jax.Array) -> jax.Array:
-    if not isinstance(params, variants.WithContext):  # of a learner that has not adapted
-      params = variants.WithContext(params, jnp.zeros(_CONTEXT))
+  def apply(params: variants.WithContext, x: jax.Array) -> jax.Array:
     context = jnp.broadcast_to(params.context, (x.shape[0], _CONTEXT))
     return network.apply(params.params, jnp.concatenate([x, context], axis=1))
 
@@ -286,7 +284,7 @@ def draw(result: folders.Line, path: Path) -> None:
     for number, (name, row) in enumerate(shown.items()):
       style = {"fmt": "osD^v<>"[number % 7], "color": f"C{number % 10}", "capsize": 3}
       found = row["cells"][cell]
-      interval = found.get("interval95", found.get("interval95_within_a_run"))
+      interval = plots.interval_of(found)
       at = row["step_ms"]["omniglot"] * result["meta_steps"] / 1e3, 100 * found["accuracy"]
       omniglot.errorbar(*at, yerr=100 * interval, label=TITLES[name], **style)
       if "waves" in row:

@@ -60,6 +60,11 @@ def cells_over_seeds(results: Sequence[Line]) -> Line:
   return cells
 
 
+def interval_of(cell: Line) -> float:
+  """Half the 95 % interval over tasks, of one run or as the mean over several."""
+  return cell["interval95_within_a_run"] if "seeds" in cell else cell["interval95"]
+
+
 def percent(cell: Line) -> str:
   """A cell as text, in percent. Over several seeds, both kinds of uncertainty are named."""
   mean = f"{100 * cell['accuracy']:.2f}"

@@ -3,18 +3,17 @@
   python -m experiments.tables
 
 A table stands between two comments of the README, `<!-- table: NAME -->` and `<!-- end -->`, and is
-replaced there. `--check` only says whether a table is not up to date.
+replaced there.
 """
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import metajax
-from experiments import combinations, family, folders
+from experiments import combinations, family, folders, plots
 from experiments.recipes import PRESETS
 from experiments.runs import TEST_TASKS
 
@@ -80,11 +79,16 @@ def few_shot() -> Iterator[str]:
         paper = f"{mean:.2f} +- {spread:.2f}"
       if cell in result["cells"]:
         found = result["cells"][cell]
-        ours = f"{100 * found['accuracy']:.2f} +- {100 * found['interval95']:.2f}"
+        ours = _percent(found)
         tasks = f"{found['tasks']:,}"
         apart = f"{100 * found['accuracy'] - mean:+.1f}" if paper else ""
       shown = [recipe if number == 0 else "", cell, ours, tasks, paper, apart]
       yield f"| {' | '.join(shown)} | {about if number == 0 else ' | |'} |"
+
+
+def _percent(cell: folders.Line) -> str:
+  """The accuracy of a cell and its interval over tasks, in percent."""
+  return f"{100 * cell['accuracy']:.2f} +- {100 * plots.interval_of(cell):.2f}"
 
 
 def longest(recipe: str) -> folders.Line | None:
@@ -173,8 +177,7 @@ def of_family() -> Iterator[str]:
   accuracy = lambda row: row["cells"][ONE]["accuracy"]
   for name, row in sorted(result["methods"].items(), key=lambda one: -accuracy(one[1])):
     cells = [row["cells"][cell] for cell in ("1-shot inductive", ONE)]
-    interval = lambda cell: cell.get("interval95", cell.get("interval95_within_a_run"))
-    shown = [f"{100 * cell['accuracy']:.2f} +- {100 * interval(cell):.2f}" for cell in cells]
+    shown = [_percent(cell) for cell in cells]
     shown.append(f"{row['step_ms']['omniglot']:.0f}" if name != "scratch" else "")
     waves = row.get("waves")
     if waves is None:
@@ -226,10 +229,7 @@ def of_combinations() -> Iterator[str]:
   yield "| | 40,000 steps | transductive | 10,000 steps | transductive |"
   yield "|---" * 5 + "|"
   for name, (label, _) in combinations.CURVES.items():
-    cells = [
-      f"{100 * long[name][cell]['accuracy']:.2f} +- {100 * long[name][cell]['interval95']:.2f}"
-      for cell in _BOTH
-    ] + [
+    cells = [_percent(long[name][cell]) for cell in _BOTH] + [
       f"{100 * short[name][cell]['accuracy']:.2f} "
       f"({100 * short[name][cell]['deviation_between_seeds']:.2f})"
       for cell in _BOTH
@@ -304,11 +304,7 @@ def filled(text: str) -> str:
 
 def main() -> None:
   path = HERE / "README.md"
-  before = path.read_text()
-  after = filled(before)
-  if "--check" in sys.argv[1:]:
-    sys.exit("a table is not up to date: python -m experiments.tables" if after != before else 0)
-  folders.replace_file(path, after)
+  folders.replace_file(path, filled(path.read_text()))
 
 
 if __name__ == "__main__":
