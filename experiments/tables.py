@@ -1,8 +1,8 @@
-"""Makes the tables of experiments/README.md from the files in experiments/results.
+"""Makes the tables of results in the documentation from the files in experiments/results.
 
   python -m experiments.tables
 
-A table stands between two comments of the README, `<!-- table: NAME -->` and `<!-- end -->`, and is
+A table stands between two comments of a page, `<!-- table: NAME -->` and `<!-- end -->`, and is
 replaced there.
 """
 
@@ -19,6 +19,9 @@ from experiments.runs import TEST_TASKS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+PAGES = (
+  HERE / "README.md", HERE.parent / "README.md", HERE.parent / "docs" / "normalization.md"
+)  # fmt: skip
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # The paper's Tables 1 and 2 in percent. The +- of MAML and FOMAML, which are from Finn et al.
@@ -89,6 +92,44 @@ def few_shot() -> Iterator[str]:
 def _percent(cell: folders.Line) -> str:
   """The accuracy of a cell and its interval over tasks, in percent."""
   return f"{100 * cell['accuracy']:.2f} +- {100 * plots.interval_of(cell):.2f}"
+
+
+def highlights() -> Iterator[str]:
+  """A few of the cells, transductive, beside the paper's."""
+  yield "| experiment | ours | the paper |"
+  yield "|---|---|---|"
+  for recipe, cell in (
+    ("omniglot_5way_reptile", FIVE),
+    ("omniglot_5way_reptile", ONE),
+    ("omniglot_1shot_5way_maml", ONE),
+  ):
+    result = folders.finished(longest_run(recipe))
+    of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
+    mean, spread = PAPER[recipe][cell]
+    ours = _percent(result["cells"][cell])
+    yield f"| {_title(recipe, cell)}, transductive, {of} | {ours} % | {mean} +- {spread} % |"
+
+
+def transduction() -> Iterator[str]:
+  """The same runs with and without transduction."""
+  yield "| run | inductive | transductive |"
+  yield "|---|---|---|"
+  for recipe, cell in (
+    ("omniglot_5way_reptile", ONE),
+    ("omniglot_1shot_5way_maml", ONE),
+    ("omniglot_5way_reptile", FIVE),
+  ):
+    result = folders.finished(longest_run(recipe))
+    alone = result["cells"][cell.replace("transductive", "inductive")]
+    run = f"{_title(recipe, cell)}, {result['meta_steps']:,} meta-steps"
+    yield f"| {run} | {_percent(alone)} % | {_percent(result['cells'][cell])} % |"
+
+
+def _title(recipe: str, cell: str) -> str:
+  """Data, task and algorithm of a cell in words."""
+  preset = PRESETS[recipe]
+  data = {"omniglot": "Omniglot", "mini_imagenet": "mini-ImageNet"}[preset.dataset]
+  return f"{data} {preset.ways}-way {cell.split()[0]}, {family.TITLES[preset.algorithm]}"
 
 
 def longest(recipe: str) -> folders.Line | None:
@@ -283,6 +324,8 @@ def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "few_shot": few_shot,
+  "highlights": highlights,
+  "transduction": transduction,
   "extrapolations": extrapolations,
   "family": of_family,
   "sine": sine,
@@ -303,8 +346,8 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-  path = HERE / "README.md"
-  folders.replace_file(path, filled(path.read_text()))
+  for path in PAGES:
+    folders.replace_file(path, filled(path.read_text()))
 
 
 if __name__ == "__main__":
