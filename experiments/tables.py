@@ -6,6 +6,7 @@ A table stands between two comments of a page, `<!-- table: NAME -->` and `<!-- 
 replaced there.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 
 import metajax
+from benchmarks import cases
 from experiments import combinations, family, folders, plots
 from experiments.recipes import PRESETS
 from experiments.runs import TEST_TASKS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+_MEASURED = HERE.parent / "benchmarks" / "results"
 PAGES = (
   HERE / "README.md", HERE.parent / "README.md", HERE.parent / "docs" / "normalization.md"
 )  # fmt: skip
@@ -103,7 +106,8 @@ def highlights() -> Iterator[str]:
     ("omniglot_5way_reptile", ONE),
     ("omniglot_1shot_5way_maml", ONE),
   ):
-    result = folders.finished(longest_run(recipe))
+    result = longest(recipe)
+    assert result is not None
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
     mean, spread = PAPER[recipe][cell]
     ours = _percent(result["cells"][cell])
@@ -119,7 +123,8 @@ def transduction() -> Iterator[str]:
     ("omniglot_1shot_5way_maml", ONE),
     ("omniglot_5way_reptile", FIVE),
   ):
-    result = folders.finished(longest_run(recipe))
+    result = longest(recipe)
+    assert result is not None
     alone = result["cells"][cell.replace("transductive", "inductive")]
     run = f"{_title(recipe, cell)}, {result['meta_steps']:,} meta-steps"
     yield f"| {run} | {_percent(alone)} % | {_percent(result['cells'][cell])} % |"
@@ -164,6 +169,35 @@ def extrapolations() -> Iterator[str]:
       ours = f"{100 * result['cells'][cell]['accuracy']:.2f} ({result['meta_steps']:,})"
       beyond = f"{middle:.1f} ({low:.1f} to {high:.1f})"
       yield f"| {recipe} | {cell} | {ours} | {beyond} | {mean:.2f} +- {spread:.2f} | {hours} |"
+
+
+def lengths() -> Iterator[str]:
+  """The work of each row at its full length, and how long that takes.
+
+  The work is counted as in `benchmarks.cases`. A meta-step of Reptile with the same data and the
+  paper's network, as the benchmarks measured it, gives the rate of two CPU cores.
+  """
+  yield "| recipe | meta-steps | 10^15 operations | hours on two cores | minutes at 5 TFLOP/s |"
+  yield "|---" * 5 + "|"
+  rates = {
+    row["model"]: row["flops_per_second"]
+    for name in ("reptile", "mini_imagenet")
+    for row in map(json.loads, (_MEASURED / f"{name}.jsonl").read_text().splitlines())
+    if (row["meta_batch"], row["execution"], row["convolution"]) == (5, "sharded", "cpu")
+  }
+  for name in PAPER:
+    recipe = PRESETS[name]
+    if recipe.dataset not in rates:
+      continue
+    tail = recipe.ways * recipe.tail_shots if recipe.tail == "separate" else recipe.inner_batch
+    case = cases.Case(
+      recipe.algorithm, recipe.dataset, recipe.inner_steps, recipe.meta_batch, recipe.execution,
+      "cpu", recipe.inner_batch, tail, recipe.inner_optimizer, 1,
+    )  # fmt: skip
+    forward = cases.network(recipe.dataset, None).flops
+    work = recipe.meta_steps * cases.step_flops(case, forward)
+    hours, minutes = work / rates[recipe.dataset] / 3600, work / 5e12 / 60
+    yield f"| {name} | {recipe.meta_steps:,} | {work / 1e15:.2f} | {hours:.1f} | {minutes:.0f} |"
 
 
 _FEWEST = 6  # points of a curve to which three numbers are fitted
@@ -327,6 +361,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "highlights": highlights,
   "transduction": transduction,
   "extrapolations": extrapolations,
+  "lengths": lengths,
   "family": of_family,
   "sine": sine,
   "expansions": expansions,
