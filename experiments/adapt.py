@@ -53,7 +53,10 @@ def program(adaptation: Adaptation) -> Callable[[], Any]:
   others = _images(learned, unlabelled, adaptation)
   flat = [name for name in known.names if "/" not in name]
   if flat:
-    raise ValueError(f"{labelled} holds {flat[0]} outside of a class folder: move or remove it")
+    raise ValueError(
+      f"--labelled={labelled} holds {flat[0]} outside of a class folder: it should hold a folder "
+      "of images for each class, CLASS/IMAGE.png"
+    )
   labels = [name.split("/")[0] for name in known.names]
 
   def run() -> None:

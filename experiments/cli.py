@@ -88,7 +88,11 @@ def main(
       os._exit(128 + number)
     jobs.stop()
     try:
-      print("\nstopping; once more to stop at once and lose what is not saved", file=sys.stderr)
+      print(
+        "\nstopping as soon as the run can be resumed; once more to stop at once, and lose what is "
+        "not saved",
+        file=sys.stderr,
+      )
     except OSError:  # the same Ctrl-C ended what this is piped into
       _silence(1, 2)
 

@@ -93,7 +93,7 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
   )
   for name, cell in result["cells"].items():
     print(f"  {name:20s} {plots.percent(cell)}")
-  took = f" in {result['train_seconds']:.1f} s a run" if "train_seconds" in result else ""
+  took = f", trained in {result['train_seconds']:.0f} s" if "train_seconds" in result else ""
   print(f"  {result['meta_steps']} meta-steps{took}; see {out}")
 
 

@@ -84,7 +84,8 @@ def learning_curve_summary(record: Line) -> str:
     for split in SPLITS
     for name, cell in record.get(split, {}).items()
   ]
-  return f"step {record['step']}: " + ", ".join(cells)
+  step = f"step {record['step']}" + ("" if record["step"] else ", untrained")
+  return f"{step}: " + ", ".join(cells)
 
 
 def learning_curve_score(line: Line) -> float | None:

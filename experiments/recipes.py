@@ -165,13 +165,16 @@ class Recipe(Training, Judging, Cost):
 
   def _check_data(self) -> None:
     any_size = self.network in ("conv4", "resnet12")
+    if self.dataset == "folder" and not (any_size and self.image_size):
+      raise ValueError(
+        "--dataset=folder needs --data_dir, --image_size, such as 28 or 84, and --network=conv4 or "
+        "--network=resnet12"
+      )
     if self.dataset not in ("glyphs", "omniglot", "mini_imagenet") and not any_size:
       raise ValueError(f"--dataset={self.dataset} needs --network=conv4 or --network=resnet12")
     if self.network == "resnet12" and self.filters is not None:
       raise ValueError("--filters is of no use with --network=resnet12: leave it out")
     if self.dataset == "folder":
-      if self.image_size is None:
-        raise ValueError("--dataset=folder needs --image_size, such as 28 or 84")
       return
     for name in ("image_size", "image_mode", "min_examples", "unreadable"):
       if getattr(self, name) is not None:

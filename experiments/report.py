@@ -14,6 +14,7 @@ import collections
 import html
 import io
 import string
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -107,6 +108,7 @@ def page(runs: Sequence[Run], report: Report) -> str:
       parts += _predictions(predict_tasks(run, report))
     except (ValueError, OSError) as error:
       parts.append(f"<p>There are none to show: {_text(error)}.</p>")
+      print(f"{run.path}: no example tasks: {error}", file=sys.stderr)
   title = _text(", ".join(run.name for run in runs))
   return string.Template(_PAGE).substitute(title=title, body="\n".join(parts))
 

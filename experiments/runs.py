@@ -102,8 +102,8 @@ def keys_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> Keys:
   return metajax.programs.on_mesh(keys, mesh)
 
 
-def judge_of(experiment: Experiment, folder: RunFolder, label: str) -> Callable[..., Any]:
-  """Judges states of an experiment.
+def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable[..., Any]:
+  """Judges states of an experiment. Its progress bars begin with the prefix.
 
   Returns:
     `(state, key, split, num_tasks, log=None) -> {cell: accuracies [num_tasks]}`. With the name of a
@@ -123,9 +123,8 @@ def judge_of(experiment: Experiment, folder: RunFolder, label: str) -> Callable[
     values = {}
     for shots in experiment.evaluations[split]:
       columns: dict[str, list[float]] = {}
-      with jobs.progress(
-        total=num_tasks, unit="task", desc=f"{label}, {shots} {split} tasks", mesh=experiment.mesh
-      ) as bar:
+      desc = f"{prefix}judging {shots} {split} tasks"
+      with jobs.progress(total=num_tasks, unit="task", desc=desc, mesh=experiment.mesh) as bar:
         for first in range(0, num_tasks, TASKS_PER_CALL):
           part = done.get((shots, first))
           if part is None:
@@ -158,12 +157,11 @@ def cells_of(values: dict[str, np.ndarray]) -> Line:
   return cells
 
 
-def run(
-  recipe: Recipe, experiment: Experiment, folder: RunFolder, label: str = "meta-training"
-) -> Line:
-  """Trains and judges; returns what it writes to result.json."""
+def run(recipe: Recipe, experiment: Experiment, folder: RunFolder, label: str = "") -> Line:
+  """Trains and judges; returns what it writes to result.json. The label tells runs apart."""
   keys = keys_of(recipe, experiment.mesh)
-  judge = judge_of(experiment, folder, label)
+  prefix = f"{label}: " if label else ""
+  judge = judge_of(experiment, folder, prefix)
   start = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
 
   def evaluate(state: metajax.MetaState) -> Line:
@@ -189,7 +187,7 @@ def run(
       summary=plots.learning_curve_summary,
       score=plots.learning_curve_score,
       mesh=experiment.mesh,
-      label=label,
+      label=f"{prefix}meta-training",
       num_steps=recipe.meta_steps,
       report_every=recipe.eval_every,
       steps_per_call=recipe.steps_per_call,
@@ -321,7 +319,7 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
     judged = RunFolder(path, ways)
   judged.begin()
   with folders.alone(path):
-    judge = judge_of(experiment, judged, f"meta-step {step}")
+    judge = judge_of(experiment, judged, f"meta-step {step}: ")
     values = judge(found.state, keys.test, "test", recipe.eval_tasks, TEST_TASKS)
     result = {
       "data": recipe.data_name,

@@ -298,10 +298,12 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
       return lambda inputs: outputs(adapted, train, _fitting(recipe, inputs), protocol)
     classes, numbers = np.unique(few_shot.class_labels(labels), return_inverse=True)
     ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
-    if labels.ndim != 1 or len(classes) > ways:
+    if labels.ndim != 1:
+      raise ValueError(f"labels must be [n], one for each input, not {labels.shape}")
+    if len(classes) > ways:
       raise ValueError(
-        f"this learner tells at most {ways} classes apart, and labels {labels.shape} are of "
-        f"{len(classes)}: give labels [n] of {ways} classes or fewer"
+        f"this learner tells at most {ways} classes apart, and there are {len(classes)}: leave "
+        "some out, or train a learner with more ways"
       )
     train = Examples(inputs, numbers.astype(np.int32))
     adapted = compiled(train, jax.random.key(seed))

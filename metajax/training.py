@@ -3,8 +3,8 @@
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -156,13 +156,15 @@ def train(
       if should_stop():
         if saved and step > last_saved:
           saved.save(state, {"seconds": seconds, "sums": sums})
-        raise StoppedError(f"stopped at meta-step {step}" + (f" of {folder}" if folder else ""))
+        kept = f", which is saved in {folder}" if saved and step else ""
+        raise StoppedError(f"stopped at meta-step {step}{kept}")
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)
       if steps not in programs:
         bar.set_postfix_str("compiling")
         many_steps = _checking_parameters(run(learner, sample_task, make_episode, steps))
-        programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
+        with _paused(bar):
+          programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
       start = time.perf_counter()
       with jax.transfer_guard("disallow"):  # everything stays on the device, sampling included
         state, infos, finite = jax.block_until_ready(programs[steps](state, key))
@@ -174,7 +176,8 @@ def train(
         advice = "lower the inner or the outer rate"
         if diverged == 1 and not np.isfinite(new_losses[0, 0]):
           advice = (
-            "its first loss is not finite, so see that inputs are, and that labels are classes"
+            "its first loss is not finite, so see that inputs are, and that labels are from 0 to "
+            "the number of the network's outputs - 1"
           )
         raise DivergedError(
           f"training diverged at meta-step {diverged}, its parameters are not finite: {advice} "
@@ -183,17 +186,34 @@ def train(
       step += steps
       sums = sums.add(infos)
       bar.update(steps)
-      bar.set_postfix_str(f"loss {new_losses[:, 0].mean():.3f} -> {new_losses[:, -1].mean():.3f}")
+      bar.set_postfix_str(_in_words(new_losses.mean(0)))
       if steps == until_report:
         means = sums.means()
         losses = means.pop("losses")
         record = Record(step, copied(state), losses, means, seconds, restored=False)
         sums = Sums()
-        score = report(record)
-        if saved:
-          saved.save(state, {"seconds": seconds}, score=score)
-          last_saved = step
+        with _paused(bar):
+          score = report(record)
+          if saved:
+            saved.save(state, {"seconds": seconds}, score=score)
+            last_saved = step
   return record
+
+
+@contextmanager
+def _paused(bar: tqdm) -> Iterator[None]:
+  """Leaves this time out of the bar's, so that pace and time left are those of training."""
+  start = time.time()
+  yield
+  if not bar.disable:
+    bar.start_t += time.time() - start
+    bar.last_print_t += time.time() - start
+
+
+def _in_words(losses: np.ndarray) -> str:
+  """The losses L_1 ... L_k of an episode as a few words: L_1 is before any inner step."""
+  adapted = f", adapted {losses[-1]:.3f}" if len(losses) > 1 else ""
+  return f"loss {losses[0]:.3f}{adapted}"
 
 
 def _closing(saved: Any) -> Callable[..., None]:

@@ -318,7 +318,7 @@ BAD_TASKS = [
   (IMAGES, [1.0, 2.0, np.nan] * 3, {}, "labels must be integers or strings, not float64"),
   ({"x": IMAGES}, LABELS, {}, r"inputs must be uint8 \[n, 6, 5, 1\], not 'x'"),
   (IMAGES, LABELS[:4], {}, r"9 inputs and labels \(4,\): give one for each"),
-  (IMAGES, range(9), {}, r"at most 3 classes apart, and labels \(9,\) are of 9"),
+  (IMAGES, range(9), {}, "at most 3 classes apart, and there are 9: leave some out"),
   (IMAGES, LABELS, {"protocol": "both"}, "'inductive' or 'transductive', not 'both'"),
 ]
 

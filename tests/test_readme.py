@@ -75,20 +75,25 @@ def test_the_readme_s_first_example_finds_the_mean_slope(tmp_path, monkeypatch):
 
 
 def write_pictures(folder):
-  """A folder of drawn characters, ten classes with twelve images each."""
-  drawn = metajax.data.glyphs.load(train_classes=9, test_classes=8, drawings=12)
-  for part in (drawn.train, drawn.test):
-    for number, image in enumerate(np.asarray(part.inputs)):
-      place = folder / f"{len(part.starts)}-{number // 12}"
-      place.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(image[..., 0]).save(place / f"{number % 12}.png")
+  """Folders of drawn characters: classes to train on, some labelled images, and others."""
+  drawn = metajax.data.glyphs.load(train_classes=17, test_classes=5, drawings=12)
+  for number, image in enumerate(np.asarray(drawn.train.inputs)):
+    write_image(image, folder / "pictures" / f"{number // 12}" / f"{number % 12}.png")
+  for number, image in enumerate(np.asarray(drawn.test.inputs)):
+    part = f"few/{number // 12}" if number % 12 < 2 else "others"
+    write_image(image, folder / part / f"{number}.png")
+
+
+def write_image(image, path):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(image[..., 0]).save(path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs(page, tmp_path, monkeypatch):
   monkeypatch.setenv("METAJAX_CACHE", str(tmp_path / "cache"))
   if page.stem == "quickstart":
-    write_pictures(tmp_path / "pictures")
+    write_pictures(tmp_path)
     monkeypatch.setattr(metajax.data, "from_folder", with_more_test_classes)
   found = run(page, tmp_path, monkeypatch)
   if page.stem == "networks":
@@ -97,7 +102,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     expected = np.repeat(["ash", "elm", "fir", "oak", "yew"], 19)
     assert np.mean(found["predictions"].labels == expected) > 0.5
   if page.stem == "quickstart":
-    assert found["predictions"].probabilities.shape == (10, 5)
+    assert found["predictions"].probabilities.shape == (50, 5)
+    assert set(found["predictions"].labels) <= {"0", "1", "2", "3", "4"}
 
 
 def with_more_test_classes(path, **options):

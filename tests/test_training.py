@@ -1,13 +1,16 @@
 """The library's own training loop, as a user's program calls it."""
 
+import io
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tqdm import tqdm
 
 import metajax
 from experiments import jobs
@@ -72,11 +75,23 @@ def test_it_reports_the_states_and_the_mean_losses_between_reports(expected):
   equal(START.params, problems.weights())  # the caller's arrays are still there
 
 
+def test_the_bar_shows_the_pace_of_training_alone():
+  bars = []
+
+  def progress(**options):
+    bars.append(tqdm(**options, file=io.StringIO()))
+    return bars[0]
+
+  train(report=lambda record: time.sleep(0.2), progress=progress)  # after the start, three times
+  assert time.time() - bars[0].start_t < 0.3
+  assert "loss" in bars[0].postfix and "adapted" in bars[0].postfix
+
+
 def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
   whole = train(folder=tmp_path / "whole")
   for step in (2, 3):  # between two reports, and at one
     out, asked = tmp_path / str(step), iter([False] * step + [True])
-    with pytest.raises(training.StoppedError, match=f"stopped at meta-step {step} of "):
+    with pytest.raises(training.StoppedError, match=f"at meta-step {step}, which is saved in "):
       train(folder=out, should_stop=lambda asked=asked: next(asked))
     records = []
     resumed = train(folder=out, report=records.append)
@@ -130,7 +145,7 @@ def test_a_run_whose_first_loss_is_nan_is_told_to_look_at_its_data():
   """Labels of 3 classes for a network of 2 outputs; no rate would help."""
   gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))
   learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
-  with pytest.raises(training.DivergedError, match=r"at meta-step 1, .* labels are classes"):
+  with pytest.raises(training.DivergedError, match=r"at meta-step 1, .* labels are from 0 to the"):
     train(learner, learner.init(problems.weights()[:, :2]))
 
 

@@ -169,8 +169,10 @@ def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
     ValueError: if the size is not positive, or the mode is not `"L"` or `"RGB"`.
   """
   height, width = (size, size) if isinstance(size, int) else size
-  if min(height, width) < 1 or mode not in _CHANNELS:
-    raise ValueError(f"size must be at least 1 and mode 'L' or 'RGB', not {size} and {mode!r}")
+  if min(height, width) < 1:
+    raise ValueError(f"size must be at least 1, not {size}")
+  if mode not in _CHANNELS:
+    raise ValueError(f"mode must be 'L' or 'RGB', not {mode!r}")
   return Format(height, width, mode, True, "a folder of images for each class, CLASS/IMAGE.png")
 
 
@@ -332,7 +334,7 @@ def _check_choice(unreadable: str) -> None:
 
 def _refuse(bad: list[str], form: Format) -> None:
   if bad:
-    advice = ", or skip such files (unreadable=skip)" if form.fit else ""
+    advice = ", or skip such files with unreadable='skip'" if form.fit else ""
     raise DataError(_listed(bad) + advice)
 
 

@@ -220,7 +220,7 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
     name = repr(classes.names[smallest]) if classes.names else f"number {smallest}"
     raise ValueError(
       f"a task needs {shots} examples of each class, and class {name} has {sizes[smallest]}: lower "
-      "the shots, or leave out small classes with from_arrays(..., min_examples=...)"
+      "the shots, or leave out small classes, as from_arrays and from_folder do with min_examples"
     )
 
   classes = jax.tree.map(jnp.asarray, classes)  # they may be NumPy arrays

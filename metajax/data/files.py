@@ -52,7 +52,7 @@ def existing_directory(data_dir: str | os.PathLike) -> Path:
   """Returns the folder `data_dir`; raises `DataError` if it is not a folder."""
   folder = Path(data_dir).expanduser()
   if not folder.is_dir():
-    raise DataError(f"{folder} is not a folder: give the folder that holds the data")
+    raise DataError(f"{folder.absolute()} is not a folder: give the folder that holds the data")
   return folder
 
 
