@@ -139,6 +139,8 @@ def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable
               folder.append({"shots": shots, "first": first, "accuracy": part}, log)
           for protocol, column in part.items():
             columns.setdefault(protocol, []).extend(column)
+          so_far = (f"{name} {100 * np.mean(column):.1f} %" for name, column in columns.items())
+          bar.set_postfix_str(", ".join(so_far), refresh=False)
           bar.update(min(TASKS_PER_CALL, num_tasks - first))
       for protocol, column in columns.items():
         values[f"{shots} {protocol}"] = np.array(column[:num_tasks])

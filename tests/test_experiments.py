@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -162,6 +163,22 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, mo
   (guessed,) = runs.run_all([("it", recipe, tmp_path)], diverging_guesses=True)
   assert {cell["accuracy"] for cell in guessed["cells"].values()} == {1 / 3}
   assert set(guessed["cells"]) == CELLS and "diverged at meta-step 3" in guessed["diverged"]
+
+
+def test_without_a_terminal_progress_is_a_line_every_half_minute(monkeypatch, capsys):
+  clock = [100.0]
+  monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+  mesh = metajax.task_mesh(jax.devices()[:1])
+  with jobs.progress(total=4, unit="task", desc="judging", mesh=mesh) as bar:
+    for _ in range(4):
+      clock[0] += 20
+      bar.update()
+      bar.refresh()
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split("[")[0].strip() for line in lines] == [
+    "judging:  50% 2/4",
+    "judging: 100% 4/4",
+  ]
 
 
 def test_a_run_is_judged_again_without_training(tmp_path, glyphs, one_device, monkeypatch, capsys):
