@@ -101,40 +101,33 @@ def highlights() -> Iterator[str]:
   """A few of the cells, transductive, beside the paper's."""
   yield "| experiment | ours | the paper |"
   yield "|---|---|---|"
-  for recipe, cell in (
-    ("omniglot_5way_reptile", FIVE),
-    ("omniglot_5way_reptile", ONE),
-    ("omniglot_1shot_5way_maml", ONE),
-  ):
-    result = longest(recipe)
-    assert result is not None
+  for recipe, cell, title, result in _chosen():
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
     mean, spread = PAPER[recipe][cell]
     ours = _percent(result["cells"][cell])
-    yield f"| {_title(recipe, cell)}, transductive, {of} | {ours} % | {mean} +- {spread} % |"
+    yield f"| {title}, transductive, {of} | {ours} % | {mean} +- {spread} % |"
 
 
 def transduction() -> Iterator[str]:
-  """The same runs with and without transduction."""
+  """The same cells without and with transduction."""
   yield "| run | inductive | transductive |"
   yield "|---|---|---|"
+  for _, cell, title, result in _chosen():
+    both = cell.replace("transductive", "inductive"), cell
+    cells = " | ".join(f"{_percent(result['cells'][one])} %" for one in both)
+    yield f"| {title}, {result['meta_steps']:,} meta-steps | {cells} |"
+
+
+def _chosen() -> Iterator[tuple[str, str, str, folders.Line]]:
+  """Recipe, cell, its title, and the result of the longest run, for a few cells of Omniglot."""
   for recipe, cell in (
+    ("omniglot_5way_reptile", FIVE),
     ("omniglot_5way_reptile", ONE),
     ("omniglot_1shot_5way_maml", ONE),
-    ("omniglot_5way_reptile", FIVE),
   ):
-    result = longest(recipe)
+    result, algorithm = longest(recipe), family.TITLES[PRESETS[recipe].algorithm]
     assert result is not None
-    alone = result["cells"][cell.replace("transductive", "inductive")]
-    run = f"{_title(recipe, cell)}, {result['meta_steps']:,} meta-steps"
-    yield f"| {run} | {_percent(alone)} % | {_percent(result['cells'][cell])} % |"
-
-
-def _title(recipe: str, cell: str) -> str:
-  """Data, task and algorithm of a cell in words."""
-  preset = PRESETS[recipe]
-  data = {"omniglot": "Omniglot", "mini_imagenet": "mini-ImageNet"}[preset.dataset]
-  return f"{data} {preset.ways}-way {cell.split()[0]}, {family.TITLES[preset.algorithm]}"
+    yield recipe, cell, f"Omniglot 5-way {cell.split()[0]}, {algorithm}", result
 
 
 def longest(recipe: str) -> folders.Line | None:
