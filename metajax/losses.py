@@ -55,12 +55,12 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
 
 
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-  """The fraction of `outputs [n, classes]` whose largest entry is at the label in `targets [n]`.
+  """The fraction of `outputs [..., classes]` whose largest entry is at the label, `targets [...]`.
 
   It is NaN if an output is NaN, or a label is not from 0 to classes - 1.
 
   Raises:
-    ValueError: if the labels are not integers `[n]`, or are known and out of range.
+    ValueError: if the labels are not integers `[...]`, or are known and out of range.
   """
   _check_labels(outputs, targets)
   known = _are_classes(outputs, targets) & ~jnp.isnan(outputs).any(axis=-1)
