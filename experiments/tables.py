@@ -139,7 +139,9 @@ def longest(recipe: str) -> folders.Line | None:
 def longest_run(recipe: str) -> Path | None:
   """The folder of a recipe's run with the most meta-steps, or None if there is none."""
   paths = [
-    path for path in RESULTS.glob(f"{recipe}*") if re.fullmatch(rf"{recipe}(_\d+)?", path.name)
+    path.parent
+    for path in RESULTS.glob(f"{recipe}*/result.json")
+    if re.fullmatch(rf"{recipe}(_\d+)?", path.parent.name)
   ]
   return max(paths, key=lambda path: folders.finished(path)["meta_steps"], default=None)
 
