@@ -132,6 +132,7 @@ for wrong in sys.argv[1:]:
     try:
       app.run(wall_clock.main, ["wall_clock", wrong])
     except SystemExit as stopped:
+      assert stopped.code not in (0, None), wrong
       said.append(f"{text.getvalue()} {stopped}")
 print(json.dumps(said))
 """
@@ -148,7 +149,7 @@ def test_bad_flags_end_in_one_line():
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   for said, expected in zip(json.loads(done.stdout), words.values(), strict=True):
-    assert expected in said
+    assert expected in said and "Traceback" not in said
 
 
 def case(**changes):
