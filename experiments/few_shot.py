@@ -86,14 +86,15 @@ def _judge_all(recipe: Recipe, which: str, out: Path) -> None:
 
 def report(recipe: Recipe, result: Line, out: Path) -> None:
   """Prints a result."""
-  tasks = next(iter(result["cells"].values()))["tasks"]
+  first = next(iter(result["cells"].values()))
   print(
     f"{result.get('data', recipe.data_name)}, {recipe.ways}-way, {recipe.algorithm}: "
-    f"accuracy over {tasks} test tasks, with its 95 % interval"
+    f"accuracy over {first['tasks']} test tasks, with its 95 % interval"
   )
   for name, cell in result["cells"].items():
     print(f"  {name:20s} {plots.percent(cell)}")
-  took = f", trained in {result['train_seconds']:.0f} s" if "train_seconds" in result else ""
+  each = " each" if "seeds" in first else ""
+  took = f", trained in {result['train_seconds']:.0f} s{each}" if "train_seconds" in result else ""
   print(f"  {result['meta_steps']} meta-steps{took}; see {out}")
 
 

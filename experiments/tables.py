@@ -81,13 +81,12 @@ def few_shot() -> Iterator[str]:
     for number, cell in enumerate({**result["cells"], **of_paper}):
       ours, tasks, paper, apart = "", "", "", ""
       if cell in of_paper:
-        mean, spread = of_paper[cell]
-        paper = f"{mean:.2f} +- {spread:.2f}"
+        paper = _of_paper(of_paper[cell])
       if cell in result["cells"]:
         found = result["cells"][cell]
         ours = _percent(found)
         tasks = f"{found['tasks']:,}"
-        apart = f"{100 * found['accuracy'] - mean:+.1f}" if paper else ""
+        apart = f"{100 * found['accuracy'] - of_paper[cell][0]:+.1f}" if paper else ""
       shown = [recipe if number == 0 else "", cell, ours, tasks, paper, apart]
       yield f"| {' | '.join(shown)} | {about if number == 0 else ' | |'} |"
 
@@ -97,15 +96,20 @@ def _percent(cell: folders.Line) -> str:
   return f"{100 * cell['accuracy']:.2f} +- {100 * plots.interval_of(cell):.2f}"
 
 
+def _of_paper(cell: tuple[float, float]) -> str:
+  """A cell of the paper's tables."""
+  mean, spread = cell
+  return f"{mean:.2f} +- {spread:.2f}"
+
+
 def highlights() -> Iterator[str]:
   """A few of the cells, transductive, beside the paper's."""
   yield "| experiment | ours | the paper |"
   yield "|---|---|---|"
   for recipe, cell, title, result in _chosen():
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
-    mean, spread = PAPER[recipe][cell]
-    ours = _percent(result["cells"][cell])
-    yield f"| {title}, transductive, {of} | {ours} % | {mean} +- {spread} % |"
+    ours, paper = _percent(result["cells"][cell]), _of_paper(PAPER[recipe][cell])
+    yield f"| {title}, transductive, {of} | {ours} % | {paper} % |"
 
 
 def transduction() -> Iterator[str]:
@@ -138,32 +142,45 @@ def longest(recipe: str) -> folders.Line | None:
 
 def longest_run(recipe: str) -> Path | None:
   """The folder of a recipe's run with the most meta-steps, or None if there is none."""
+  return next(reversed(_by_length(recipe)), None)
+
+
+def _by_length(recipe: str) -> list[Path]:
+  """The folders of a recipe's complete runs, the shortest first."""
   paths = [
     path.parent
     for path in RESULTS.glob(f"{recipe}*/result.json")
     if re.fullmatch(rf"{recipe}(_\d+)?", path.parent.name)
   ]
-  return max(paths, key=lambda path: folders.finished(path)["meta_steps"], default=None)
+  return sorted(paths, key=lambda path: folders.finished(path)["meta_steps"])
 
 
 def extrapolations() -> Iterator[str]:
-  """What the learning curves of shorter runs say of the full length."""
-  yield "| recipe | cell | measured | full length, extrapolated | the paper | hours here |"
-  yield "|---" * 6 + "|"
+  """What the learning curves of shorter runs say of the full length, and what was found there."""
+  yield (
+    "| recipe | cell | measured | full length, extrapolated | full length, measured | the paper | "
+    "hours here |"
+  )
+  yield "|---" * 7 + "|"
   for recipe, of_paper in PAPER.items():
-    path, length = longest_run(recipe), PRESETS[recipe].meta_steps
-    if path is None or folders.finished(path)["meta_steps"] >= length:
+    length = PRESETS[recipe].meta_steps
+    results = [(path, folders.finished(path)) for path in _by_length(recipe)]
+    shorter = [one for one in results if one[1]["meta_steps"] < length]
+    if not shorter:
       continue
-    result = folders.finished(path)
+    path, result = shorter[-1]
+    whole = results[-1][1]["cells"] if len(shorter) < len(results) else {}
     hours = f"{length / result['meta_steps_per_second'] / 3600:.1f}"
-    for cell, (mean, spread) in of_paper.items():
+    for cell, in_paper in of_paper.items():
       found = extrapolated(folders.read_lines(path), cell, length)
       if found is None:
         continue
       middle, low, high = found
       ours = f"{100 * result['cells'][cell]['accuracy']:.2f} ({result['meta_steps']:,})"
       beyond = f"{middle:.1f} ({low:.1f} to {high:.1f})"
-      yield f"| {recipe} | {cell} | {ours} | {beyond} | {mean:.2f} +- {spread:.2f} | {hours} |"
+      there = _percent(whole[cell]) if cell in whole else ""
+      shown = [recipe, cell, ours, beyond, there, _of_paper(in_paper), hours]
+      yield f"| {' | '.join(shown)} |"
 
 
 def lengths() -> Iterator[str]:
@@ -326,6 +343,55 @@ def differences() -> Iterator[str]:
     ]
     shown = [f"{100 * mean:.2f} +- {100 * interval:.2f}" for mean, interval in cells]
     yield f"| {label} | {' | '.join(shown)} |"
+
+
+# What distinguishes the runs of g2 and g1 + g2, and where they are.
+TWO_STEPS = {
+  "40,000 steps, outer step 0.25 to 0": "combinations",
+  "10,000 steps, 0.25 to 0": "combinations_10000",
+  "10,000 steps, 0.125 to 0": "two_steps_slower",
+  "10,000 steps, 0.5 to 0": "two_steps_faster",
+  "10,000 steps, 0.25 throughout": "two_steps_constant",
+}
+
+
+def two_steps() -> Iterator[str]:
+  """Two-step first-order MAML and Reptile on the same test tasks, seed by seed."""
+  yield "| runs | seeds | g2 | g1 + g2 | g2 - (g1 + g2) | the same, inductive |"
+  yield "|---" * 6 + "|"
+  for label, folder in TWO_STEPS.items():
+    seeds = sorted(path.name for path in (RESULTS / folder / "sum2").glob("seed*"))
+    last, both = (
+      [_of_tasks(RESULTS / folder / name / seed) for seed in seeds] for name in ("last2", "sum2")
+    )
+    column = lambda tasks, protocol="transductive": np.stack([one[protocol] for one in tasks])
+    apart = [column(last, one) - column(both, one) for one in ("transductive", "inductive")]
+    shown = [f"{100 * column(tasks).mean():.2f}" for tasks in (last, both)] + [
+      f"{100 * one.mean():+.2f} ({', '.join(f'{100 * x:+.2f}' for x in one.mean(axis=1))})"
+      for one in apart
+    ]
+    yield f"| {label} | {len(seeds)} | {' | '.join(shown)} |"
+
+
+# Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
+ONE_SHOT = {
+  "20,000 steps, a state for each of the five tasks": "omniglot_5way_reptile_20000",
+  "20,000 steps, a state handed on, as in the paper's code": "omniglot_5way_reptile_serial_20000",
+  "100,000 steps, a state for each of the five tasks": "omniglot_5way_reptile",
+}
+
+
+def one_shot() -> Iterator[str]:
+  """Reptile with one inner state for each task or one for all, and at two lengths."""
+  cells = list(PAPER["omniglot_5way_reptile"])
+  yield f"| run | tasks | {' | '.join(cells)} |"
+  yield "|---" * (2 + len(cells)) + "|"
+  for label, folder in ONE_SHOT.items():
+    found = folders.finished(RESULTS / folder)["cells"]
+    tasks = found[ONE]["tasks"]
+    yield f"| {label} | {tasks:,} | {' | '.join(_percent(found[cell]) for cell in cells)} |"
+  paper = map(_of_paper, PAPER["omniglot_5way_reptile"].values())
+  yield f"| the paper, 100,000 steps | 10,000 | {' | '.join(paper)} |"
 
 
 def _of_tasks(run: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -446,11 +447,12 @@ def test_the_learner_file_adapts_as_the_run_is_judged(variant, splits, tmp_path)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_seeds_are_runs_of_their_own(tmp_path, glyphs):
+def test_seeds_are_runs_of_their_own(tmp_path, glyphs, capsys):
   """Side by side on devices of their own, each as if it were alone; drawn again from the logs."""
   out = tmp_path / "both"
   short = {"execution": "vmap", "curve_splits": ("test",), "meta_steps": 2}
   few_shots(tiny(seed=3, **short), out=str(out), seeds=2)
+  assert re.search(r"2 meta-steps, trained in \d+ s each;", capsys.readouterr().out)
   alone = execute(tiny(seed=4, **short), tmp_path / "alone")
   found = [json.loads((out / f"seed{seed}" / "result.json").read_text()) for seed in (3, 4)]
   assert found[1]["cells"] == alone["cells"]
