@@ -320,6 +320,7 @@ def program(options: cli.Run, family: Family) -> Callable[[], Any]:
   runs.check_all([one for of_seeds in by_method.values() for one in of_seeds])
   kept = {"meta_steps": family.meta_steps, "wave_steps": family.wave_steps, "seed": family.seed}
   folder = folders.RunFolder(out, kept | {"eval_tasks": family.eval_tasks})
+  folder.check_seeds(options.seeds, all_of_them=set(family.methods) == set(FAMILY))
   folder.begin("a run of each method and seed")
   return folders.locked(out, partial(run, family, by_method, folder, options.seeds))
 

@@ -103,18 +103,37 @@ class RunFolder:
     """Checks the conditions, makes the folder, and writes flags.txt with conditions as comments.
 
     Raises:
-      ValueError: if the folder cannot be written, or the run was begun under other conditions.
+      ValueError: if the folder cannot be written, another process writes in it, or the run was
+        begun under other conditions.
     """
     self.check(*conditions)
     if not writes():
       return
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      replace_file(self._flags, "\n".join(self._lines) + "\n")
+      with alone(self.path):
+        replace_file(self._flags, "\n".join(self._lines) + "\n")
     except OSError as error:
       raise ValueError(
         f"--out={self.path} cannot be written ({error.strerror}): choose another folder"
       ) from error
+
+  def check_seeds(self, seeds: int, *, all_of_them: bool = True) -> None:
+    """Checks that a result over seeds is not replaced by one that says less.
+
+    Args:
+      seeds: the number of seeds of the new result.
+      all_of_them: whether it is about everything that the old one may be about.
+
+    Raises:
+      ValueError: if the folder has a result of more seeds, or of fewer with parts that would go.
+    """
+    before = (self.result() or {}).get("seeds", seeds)
+    if before > seeds or (before < seeds and not all_of_them):
+      raise ValueError(
+        f"{self.path} holds a result of {before} seeds, which one of {seeds} would replace: use "
+        f"--seeds={before}, or choose another --out"
+      )
 
   def lines(self, name: str = METRICS) -> list[Line]:
     """The parsed lines of a file of the folder."""

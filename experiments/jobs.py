@@ -21,7 +21,8 @@ from metajax.training import DivergedError, StoppedError
 
 T = TypeVar("T")
 _LINE_SECONDS = 30  # between two lines of progress
-_STOPPING = threading.Event()  # set by a signal, or when one of several runs fails
+_ASKED = threading.Event()  # to stop, by a signal
+_FAILED = threading.Event()  # one of several runs; the others save and stop
 
 
 def train(
@@ -54,7 +55,6 @@ def train(
   def report(record: metajax.Record) -> float | None:
     if record.restored:
       folder.keep(lambda line: line["step"] <= record.step)
-      tqdm.write(f"going on from meta-step {record.step} of {folder.path}")
       return None
     if record.step == 0:
       folder.keep(lambda line: False)
@@ -112,12 +112,12 @@ def progress(*, mesh: jax.sharding.Mesh, **options: Any) -> tqdm:
 
 def stop() -> None:
   """Asks all runs of this process to save and stop."""
-  _STOPPING.set()
+  _ASKED.set()
 
 
 def stopping() -> bool:
   """Whether this run is to save and stop. Of several processes, all stop if one is asked to."""
-  asked = _STOPPING.is_set()
+  asked = _ASKED.is_set() or _FAILED.is_set()
   if jax.process_count() == 1:
     return asked
   by_device = jax.NamedSharding(metajax.task_mesh(), jax.P("tasks"))
@@ -148,13 +148,13 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
   def work(job: Callable[[jax.sharding.Mesh], T]) -> T:
     mesh = free.get()
     try:
-      if _STOPPING.is_set():
+      if _ASKED.is_set() or _FAILED.is_set():
         raise StoppedError("stopped before a run began: the same command goes on")
       with jax.default_device(mesh.devices.flat[0]):
         return job(mesh)
     except BaseException as error:
       failed.append(error)
-      _STOPPING.set()
+      _FAILED.set()
       raise
     finally:
       free.put(mesh)
@@ -167,8 +167,8 @@ def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:
         raise failed[0]  # the cause, not one of those that it stopped
       return [future.result() for future in futures]
     except BaseException:
-      _STOPPING.set()
+      _FAILED.set()
       pool.shutdown(cancel_futures=True)
       raise
     finally:
-      _STOPPING.clear()
+      _FAILED.clear()

@@ -209,6 +209,7 @@ def program(options: cli.Run, panels: Panels, recipe: Recipe) -> Callable[[], An
     return partial(draw, result | {"points": shown}, out / "figure4")
   runs.check_all([one for point in found for one in point.runs])
   folder = runs.open_folder(recipe, out, without=_DECIDED)
+  folder.check_seeds(options.seeds, all_of_them=set(panels.panels) == set(PANELS))
   folder.begin("a run of each point and seed")
   return folders.locked(out, partial(run, recipe, panels, found, folder, options.seeds))
 

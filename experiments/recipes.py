@@ -34,9 +34,9 @@ class Training(Settings):
     "combine sums the inner optimizer's updates with --weights. joint is Reptile with one inner "
     "step, which for SGD is joint training on all tasks. scratch learns nothing. anil adapts the "
     "last layer only, boil all others. meta_sgd learns a rate for each number, layer_rates one for "
-    "each parameter. multi_step begins with the loss after every inner step, annealed with FOMAML, "
-    "and both become MAML. imaml takes implicit gradients, cavia adapts a context, and "
-    "prototypical compares with the mean of each class. docs/algorithms.md explains them.")
+    "each array of parameters. multi_step begins with the loss after every inner step, annealed "
+    "with FOMAML, and both become MAML. imaml takes implicit gradients, cavia adapts a context, "
+    "and prototypical compares with the mean of each class. docs/algorithms.md explains them.")
   early_steps: int | None = option(None,
     "After how many meta-steps multi_step and annealed become MAML; by default half of all.",
     at_least=0)
@@ -92,8 +92,8 @@ class Training(Settings):
   filters: int | None = option(None,
     "Filters of every convolution; by default those of the paper.", at_least=1)
   adapt_norm: bool = option(True,
-    "Whether inner steps move the scales and offsets of batch normalization. In Finn et al. they "
-    "do not. Reptile never learns what they do not move.")
+    "Whether inner steps move the scales and offsets of batch normalization. In Finn et al., where "
+    "there are offsets only, they do not. Reptile never learns what they do not move.")
   seed: int = option(0, "Determines everything random.", at_least=0)
   data_seed: int | None = option(None,
     "Determines the split of the data and the tasks that learners are judged on; by default "

@@ -81,8 +81,10 @@ def read_run(folder: str) -> Run:
   path = Path(folder).expanduser()
   flags = path / "flags.txt"
   lines = folders.read_lines(path)
-  if not flags.is_file() or not any("test" in line or "train" in line for line in lines):
-    raise ValueError(f"{folder} holds no few-shot run with a learning curve: give its --out")
+  if not flags.is_file() or not any(split in line for line in lines for split in plots.SPLITS):
+    seeds = sorted(one.parent.name for one in path.glob("seed*/flags.txt"))
+    advice = f"give the runs in it, such as {folder}/{seeds[0]}" if seeds else "give its --out"
+    raise ValueError(f"{folder} holds no few-shot run with a learning curve: {advice}")
   pairs = [line[2:].split("=", 1) for line in flags.read_text().splitlines() if line[:2] == "--"]
   result = folders.finished(path) if (path / "result.json").exists() else None
   return Run(path, path.resolve().name, {name: value for name, value in pairs}, lines, result)

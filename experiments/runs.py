@@ -79,6 +79,8 @@ def prepare(
 
 def check_all(many: Sequence[tuple[str, Recipe, Path]]) -> None:
   """Raises what is wrong with any of several runs, by the first's data, before one is trained."""
+  for _, recipe, _ in many:
+    trackers.check(recipe.track or ())
   splits = build.load(many[0][1])
   for _, recipe, out in many:
     open_folder(recipe, out)

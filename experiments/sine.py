@@ -211,6 +211,7 @@ def run(waves: Waves, seeds: int, folder: folders.RunFolder) -> dict[str, Any]:
     },
     "meta_steps": waves.meta_steps,
     "tasks": waves.eval_tasks,
+    "seeds": seeds,
     "versions": folders.versions(),
   }
   folder.finish(result)
@@ -286,6 +287,7 @@ def program(options: cli.Run, waves: Waves) -> Callable[[], Any]:
   if options.plot_only:
     return partial(draw, folders.finished(out), out / "figure1")
   folder = folders.RunFolder(out, values_of(waves, Waves))
+  folder.check_seeds(options.seeds)
   folder.begin(_CONDITION)
   return folders.locked(out, partial(run, waves, options.seeds, folder))
 

@@ -1,6 +1,7 @@
 """Shows learning curves in TensorBoard or Weights & Biases, besides metrics.jsonl."""
 
 import importlib
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,9 +79,19 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Tracker:
 
 def _wandb(folder: Path, settings: dict[str, Any]) -> Tracker:
   wandb = importlib.import_module("wandb")
-  # The same folder is the same run, when it goes on.
-  name = folder.resolve().name
-  run = wandb.init(project="metajax", id=name, resume="allow", dir=str(folder), config=settings)
+  known = folder / "wandb_id"  # when the run in this folder goes on, it does so there too
+  if not known.is_file():
+    known.parent.mkdir(parents=True, exist_ok=True)
+    known.write_text(uuid.uuid4().hex)
+  run = wandb.init(
+    project="metajax",
+    id=known.read_text(),
+    name="/".join(folder.resolve().parts[-2:]),
+    resume="allow",
+    reinit="create_new",  # several runs of this process may be open at once
+    dir=str(folder),
+    config=settings,
+  )
 
   def numbers(step: int, values: dict[str, float]) -> None:
     run.log(values, step=step)

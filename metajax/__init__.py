@@ -1,4 +1,8 @@
-"""metajax: Reptile, first-order MAML and MAML in JAX, as small functions that compose."""
+"""metajax: Reptile, first-order MAML and MAML in JAX, as small functions that compose.
+
+In all docstrings, sections, equations and "the paper" are those of "On First-Order Meta-Learning
+Algorithms" by Nichol, Achiam and Schulman (2018), arXiv:1803.02999.
+"""
 
 import importlib
 from importlib import metadata

@@ -70,14 +70,14 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
 def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: int = 1) -> Schedule:
   """Like `cycling`, over a part of the examples whose size differs from task to task.
 
-  The number of shots is drawn uniformly, from `at_least` to those of the task. So many examples of
-  each class, drawn at random, take part; the others are not used.
+  The number of shots is drawn uniformly, from `at_least` to the number that the task has. That many
+  examples of each class, drawn at random, are used, and the others are not.
 
   Args:
     num_steps: `k`, the minibatches of one episode.
     batch_size: `b`, the examples of one minibatch.
-    ways: the classes of a task, whose examples are sorted by class and equally many, as those of
-      `few_shot.sample_task`. With 1, the part is drawn from all examples, whatever their class.
+    ways: the classes of a task. Its examples must be sorted by class, with equally many of each, as
+      `few_shot.sample_task` draws them. With 1, any of all examples are used, whatever their class.
     at_least: the fewest shots.
 
   Returns:

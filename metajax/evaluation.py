@@ -67,7 +67,8 @@ def evaluate(learner: MetaLearner, schedule: Schedule, predict: Predict) -> Eval
 
   Args:
     learner: from `meta_learner`, whatever its algorithm and its execution. It adapts with its own
-      inner optimizer: a fresh one, or, if that is `carried`, one with the trained state.
+      inner optimizer: a fresh one, or, if that is `carried`, one with the trained state. If the
+      execution keeps a state for each place in the meta-batch, it is that of the first place.
     schedule: the minibatches to adapt on, from `cycling` or `replacement`.
     predict: `transductive`, `inductive` or any `(params, task) -> outputs`, which may return the
       outputs of several protocols.

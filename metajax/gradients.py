@@ -136,7 +136,8 @@ def maml(
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
-    remat: recompute each inner step in the backward pass, which takes less memory and more time.
+    remat: recompute each inner step in the backward pass, which takes less memory and more time. It
+      is meant for `mixed_mode=False`; mixed mode keeps no activations that could be recomputed.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
       keeps no tape of the inner gradients, so it takes less memory and no more time. If the
       `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), JAX refuses it:
@@ -179,10 +180,10 @@ def combine(
 ) -> MetaGradient:
   """Any linear combination w_1 g_1 + ... + w_k g_k, in memory independent of k (Section 6.2).
 
-  With inner SGD of rate alpha, weights of one equal `reptile` with `stepsize=alpha`. The weights
-  [0, ..., 0, 1] give g_k as `fomaml` does, but a `carried` optimizer hands on its state after k
-  steps instead of k - 1. The gradients of steps that a task does not take (`Episode.steps`) count
-  as zero.
+  With inner SGD of rate alpha, weights that are all 1 give the gradient of `reptile` with
+  `stepsize=alpha`. The weights [0, ..., 0, 1] give g_k as `fomaml` does, but a `carried` optimizer
+  hands on its state after k steps instead of k - 1. The gradients of steps that a task does not
+  take (`Episode.steps`) count as zero.
 
   Args:
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.

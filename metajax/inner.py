@@ -205,8 +205,8 @@ def inner_update(
     pool: the task's examples `[n, ...]`.
     schedule: int32 `[k, b]`, the rows of the pool that each step sees.
     key: for a loss that draws random numbers; step i is given `fold_in(key, i)`, counted from 0.
-    steps: how many steps are taken, on the first rows, as an int32; None for all. The losses after
-      them are those of the first minibatch at the parameters that the last step led to.
+    steps: how many steps are taken, on the first rows, as an int32; None for all. The further
+      losses are those of the first minibatch at the final parameters.
     remat: recompute the activations of a step when differentiating through it, instead of keeping
       them in memory.
 

@@ -26,7 +26,17 @@ from metajax.gradients import reptile
 from metajax.inner import all_finite, begin_task, carried, initial_state
 from metajax.meta import MetaLearner, MetaState
 from metajax.models import Model, from_spec
-from metajax.types import Examples, InnerState, Params, PRNGKey, Task, leaf_name, num_examples
+from metajax.programs import without_sharding
+from metajax.types import (
+  Examples,
+  InnerState,
+  LossFn,
+  Params,
+  PRNGKey,
+  Task,
+  leaf_name,
+  num_examples,
+)
 from metajax.variants import only
 
 _FORMAT = 1  # the version of the file format
@@ -49,7 +59,7 @@ class Recipe(NamedTuple):
     batch_size: the examples in the minibatch of a step.
     loss: a function of `metajax.losses` and its reduction, as `{"name": "cross_entropy",
       "reduction": "mean"}`.
-    frozen: inner steps leave parameters alone whose names contain one of these.
+    frozen: inner steps do not move parameters whose names contain one of these texts.
     network: the `Model.spec` of the network, or None for a network of the user's own.
     carried: whether every task starts from the optimizer's trained state, as with
       `metajax.carried`.
@@ -134,16 +144,18 @@ def save(
     model: the network. One that `metajax.models` makes by name, such as `conv4`, is made again by
       `load`; any other must be given to `load` again.
     example_inputs: inputs `[n, ...]` of the shape and dtype that the network was trained on.
-    inner_optimizer: the inner optimizer by its name in optax and its arguments, as `{"name": "sgd",
-      "learning_rate": 0.1}`.
+    inner_optimizer: the name of one of optax's optimizers, such as `sgd`, `adam` or `rmsprop`, and
+      its arguments, as `{"name": "sgd", "learning_rate": 0.1}`. A chain cannot be saved.
     steps: the number of inner steps of an adaptation.
     batch_size: the examples in the minibatch of a step.
     loss: as `{"name": "cross_entropy", "reduction": "mean"}`.
-    frozen: inner steps leave parameters alone whose names contain one of these.
+    frozen: inner steps do not move parameters whose names contain one of these texts.
     about: anything else that JSON can hold, such as class names, accuracy or data.
 
   Raises:
-    ValueError: if something is not as it should be; nothing is written then.
+    ValueError: if an argument has the wrong type or an unknown name, the parameters are not finite
+      or do not fit the model, `frozen` names no parameter, or the file would not adapt as the
+      learner does. Nothing is written then.
     OSError: if the file cannot be written.
   """
   path, example_inputs = Path(path), _arrays(example_inputs)
@@ -185,8 +197,10 @@ def save(
   for part in frozen:
     if not any(part in name for name in arrays if name.startswith("params/")):
       raise ValueError(f"frozen names {part!r}, which is in the name of no parameter")
+  model = model if model.spec is None else from_spec(model.spec)  # as `load` makes it
   _learned(recipe, model, params, inner_state)  # raises what does not fit
-  jax.eval_shape(model.apply, params, example_inputs)
+  outputs = jax.eval_shape(model.apply, params, example_inputs)
+  _check_adapts_as(learner, state, recipe, model, example_inputs, outputs.shape)
   header = json.dumps({"format": _FORMAT, "recipe": content, "crc32": _checksum(arrays)})
   if jax.process_index() > 0:
     return
@@ -198,6 +212,49 @@ def save(
     raise OSError(f"{path} cannot be written ({error.strerror})") from error
   finally:
     beside.unlink(missing_ok=True)
+
+
+def _check_adapts_as(
+  learner: MetaLearner,
+  state: MetaState,
+  recipe: Recipe,
+  model: Model,
+  example_inputs: Any,
+  outputs: tuple[int, ...],
+) -> None:
+  """Checks that the recipe adapts as the learner does, to any labels of the example inputs."""
+  if recipe.loss["name"] == "squared_error":
+    targets = np.zeros(outputs, np.float32)
+  else:
+    targets = np.resize(np.arange(outputs[-1], dtype=np.int32), outputs[:-1])
+  examples = Examples(example_inputs, targets)
+  steps, n = min(recipe.steps, 2), num_examples(example_inputs)
+  rows = cycling(steps, min(recipe.batch_size, n))(jax.random.key(0), n)
+  plain = reptile(_loss(recipe, model), _optimizer(recipe))
+
+  def by_recipe(state: MetaState, examples: Examples, rows: jax.Array) -> Params:
+    inner_state = learner.execution.one(state.inner)
+    return plain.adapt(state.params, inner_state, examples, rows, None)
+
+  shapes = jax.tree.map(without_sharding, state)
+  try:
+    programs = [
+      str(jax.make_jaxpr(adapt)(shapes, examples, rows)) for adapt in (learner.adapt, by_recipe)
+    ]
+  except (TypeError, ValueError):
+    return  # the learner's own loss takes targets of another form, so nothing can be compared
+  if programs[0] == programs[1] or jax.process_count() > 1:
+    return
+  one, other = (jax.jit(adapt)(state, examples, rows) for adapt in (learner.adapt, by_recipe))
+  largest = lambda a, b: max(
+    jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b))
+  )
+  if not largest(one, other) <= 1e-3 * largest(one, state.params) + 1e-6:
+    raise ValueError(
+      "the file would not adapt as the learner does: give the learner's own inner_optimizer, loss, "
+      "frozen and model; a learner that adapts in another way than by plain inner steps cannot be "
+      "saved"
+    )
 
 
 def _fetched(learner: MetaLearner, state: MetaState) -> tuple[Params, InnerState]:
@@ -224,6 +281,9 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
   try:
     with safetensors.safe_open(path, framework="flax") as file:
       header = json.loads((file.metadata() or {}).get("metajax", "{}"))
+      kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+      if kinds & {"F64", "I64", "U64"} and jax.dtypes.canonicalize_dtype(float) != np.float64:
+        raise ValueError(f"{path} has numbers of 64 bits: set jax_enable_x64 before reading it")
       arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
@@ -248,14 +308,18 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
   return _learned(recipe, model, params, inner_state)
 
 
-def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerState) -> Learned:
-  loss_name = recipe.loss.get("name")
-  if loss_name not in _LOSSES or set(recipe.loss) != {"name", "reduction"}:
+def _loss(recipe: Recipe, model: Model) -> LossFn:
+  name = recipe.loss.get("name")
+  if name not in _LOSSES or set(recipe.loss) != {"name", "reduction"}:
     raise ValueError(
       f"loss must be one of {', '.join(_LOSSES)} with a reduction, as {{'name': 'cross_entropy', "
       f"'reduction': 'mean'}}, not {recipe.loss}"
     )
-  loss = _LOSSES[loss_name](model.apply, reduction=recipe.loss["reduction"])
+  return _LOSSES[name](model.apply, reduction=recipe.loss["reduction"])
+
+
+def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerState) -> Learned:
+  loss = _loss(recipe, model)
   optimizer, schedule = _optimizer(recipe), cycling(recipe.steps, recipe.batch_size)
   begin_task(optimizer, params, inner_state)  # raises what does not fit
 
@@ -271,6 +335,15 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
     "inductive": jax.jit(inductive(model.apply)),
     "transductive": jax.jit(transductive(model.apply)),
   }
+
+  def adapted_to(train: Examples, seed: int) -> Params:
+    adapted = compiled(train, jax.random.key(seed))
+    if not all_finite(adapted):
+      raise ValueError(
+        "the network diverged in adapting to these examples: see that they are like those that it "
+        "was trained on"
+      )
+    return adapted
 
   def outputs(adapted: Params, train: Examples, inputs: Any, protocol: Protocol) -> np.ndarray:
     predict = lambda inputs: protocols[protocol](adapted, Task(train, Examples(inputs, ())))
@@ -292,9 +365,11 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
       raise ValueError(
         f"{num_examples(inputs)} inputs and labels {labels.shape}: give one for each"
       )
-    if loss_name == "squared_error":
+    if recipe.loss["name"] == "squared_error":
+      if not np.all(np.isfinite(labels)):
+        raise ValueError("labels must be finite: there are NaN or infinite ones, remove them")
       train = Examples(inputs, labels.astype(np.float32))
-      adapted = compiled(train, jax.random.key(seed))
+      adapted = adapted_to(train, seed)
       return lambda inputs: outputs(adapted, train, _fitting(recipe, inputs), protocol)
     classes, numbers = np.unique(few_shot.class_labels(labels), return_inverse=True)
     ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
@@ -306,7 +381,7 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
         "some out, or train a learner with more ways"
       )
     train = Examples(inputs, numbers.astype(np.int32))
-    adapted = compiled(train, jax.random.key(seed))
+    adapted = adapted_to(train, seed)
 
     def predict(inputs: Any) -> Predictions:
       from scipy.special import softmax  # importing it takes a quarter of a second
@@ -399,6 +474,8 @@ def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
   one_bool = (leaf.dtype.kind == "b") != (dtype.kind == "b")
   if one_bool or floats != of_floats or (not floats and not np.array_equal(converted, leaf)):
     raise ValueError(f"inputs must be {dtype}, as this learner was trained on, not {leaf.dtype}")
+  if of_floats and not np.all(np.isfinite(converted)):
+    raise ValueError("inputs must be finite: there are NaN or infinite entries, remove them")
   return converted
 
 
@@ -415,7 +492,7 @@ def _found(path: str | os.PathLike) -> Path:
   home = resources.files("metajax") / "learners"
   shipped = sorted(Path(str(home)).glob("*.safetensors"))
   for file in shipped:
-    if str(path) == file.stem and not Path(path).exists():
+    if str(path) == file.stem and not Path(path).is_file():
       return file
   if not Path(path).is_file():
     names = ", ".join(file.stem for file in shipped)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 
   def place(leaf: Any) -> jax.Array:
     if not isinstance(leaf, jax.Array):
+      leaf = np.asarray(leaf)  # it may be a Python number
       return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
     if leaf.sharding.device_set == set(mesh.devices.flat):
       return leaf
@@ -35,7 +37,7 @@ def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T
     `(constants, *arguments) -> outputs`, and the arrays that the function closes over, which are
     its constants.
   """
-  like = jax.tree.map(_without_sharding, arguments)
+  like = jax.tree.map(without_sharding, arguments)
   program, shapes = jax.make_jaxpr(function, return_shape=True)(*like)
   structure = jax.tree.structure(shapes)
 
@@ -47,7 +49,7 @@ def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T
   return call, program.consts
 
 
-def _without_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+def without_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   """The shape and dtype of an array. What is traced with a sharding runs only where that holds."""
   kind = jax.typeof(leaf)
   return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)

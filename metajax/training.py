@@ -23,7 +23,7 @@ from metajax.types import MakeEpisode, PRNGKey, SampleTask
 
 
 class StoppedError(RuntimeError):
-  """Training was asked to stop. Its state is saved."""
+  """Training was asked to stop. If it has a folder, its state is saved there."""
 
 
 class DivergedError(RuntimeError):
@@ -95,9 +95,9 @@ def train(
 ) -> Record:
   """Trains up to meta-step `num_steps`, with a progress bar.
 
-  With a folder, the state is saved at every report. The same call then resumes an interrupted run
-  and ends with bit-identical parameters. Data that the samplers close over becomes an argument of
-  the compiled programs.
+  With a folder, the state is saved at every report but the one at the start. The same call then
+  resumes an interrupted run and ends with bit-identical parameters. Data that the samplers close
+  over becomes an argument of the compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning says so if most of a step is lost to rounding.
@@ -119,11 +119,12 @@ def train(
     progress: makes the progress bar, with the arguments `total`, `initial` and `unit` of `tqdm`.
 
   Returns:
-    The last record. At the start of a run that is complete already, it is the restored one.
+    The last record. If the run was complete before, this is the restored one.
 
   Raises:
-    ValueError: if a number is below 1, or no checkpoint of the folder can be restored.
-    StoppedError: if `should_stop` says so; the state is saved.
+    ValueError: if a number is below 1, no checkpoint of the folder can be restored, or they are of
+      a run with another key or more meta-steps.
+    StoppedError: if `should_stop` says so. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
     OSError: if a checkpoint cannot be written; those before are kept.
   """
@@ -141,7 +142,9 @@ def train(
       saved = checkpoints(folder)
       stack.push(_closing(saved))
       found = saved.restore(state)
+    extra = {"key": np.asarray(jax.random.key_data(key)).tolist()}
     if found is not None:
+      _check_goes_on(found, extra["key"], num_steps, folder)
       state, seconds = found.state, found.extra["seconds"]
       sums = Sums(*found.extra.get("sums", ()))
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
@@ -152,10 +155,13 @@ def train(
     report(record)
 
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
+    if found is not None and not bar.disable:
+      rest = ", the last one: nothing is left to train" if step == num_steps else ""
+      bar.write(f"going on from meta-step {step} of {folder}{rest}")
     while step < num_steps:
       if should_stop():
         if saved and step > last_saved:
-          saved.save(state, {"seconds": seconds, "sums": sums})
+          saved.save(state, {"seconds": seconds, "sums": sums, **extra})
         kept = f", which is saved in {folder}" if saved and step else ""
         raise StoppedError(f"stopped at meta-step {step}{kept}")
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
@@ -195,9 +201,18 @@ def train(
         with _paused(bar):
           score = report(record)
           if saved:
-            saved.save(state, {"seconds": seconds}, score=score)
+            saved.save(state, {"seconds": seconds, **extra}, score=score)
             last_saved = step
   return record
+
+
+def _check_goes_on(found: Any, key: list[Any], num_steps: int, folder: Any) -> None:
+  """Checks that a restored state is of a run with this key, and not beyond its end."""
+  other = found.extra.get("key", key) != key
+  step = int(found.state.step)
+  if other or step > num_steps:
+    was = "another key" if other else f"{step} meta-steps, more than num_steps={num_steps}"
+    raise ValueError(f"{folder} holds a run with {was}: go on as it began, or give another folder")
 
 
 @contextmanager

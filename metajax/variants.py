@@ -92,12 +92,12 @@ def with_rates(params: Params, rate: float) -> WithRates:
 
 
 def meta_sgd(loss_fn: LossFn, *, outer_loss: LossFn | None = None, **options: bool) -> MetaGradient:
-  """Meta-SGD (Li et al. 2017): MAML that also learns the rate of each parameter.
+  """Meta-SGD (Li et al. 2017): MAML that also learns the inner rates, one for each number in phi.
 
   The inner step is phi_{i+1} = phi_i - alpha * L_i'(phi_i), elementwise, and the meta-gradient is
-  that of L_k(phi_k) with respect to both phi and alpha. Rates of another shape are shared: with
-  scalars, one for each parameter of the network, these are the learned rates of Antoniou et al.
-  (2019) for each layer.
+  that of L_k(phi_k) with respect to both phi and alpha. A rate may also be a scalar, which a whole
+  array of parameters shares. This resembles the rates of Antoniou et al. (2019), who learn one for
+  each layer and inner step.
 
   Args:
     loss_fn: as for `maml`, a function of phi.
@@ -137,7 +137,7 @@ class WithContext(NamedTuple):
 
   Attributes:
     params: theta, shared by all tasks.
-    context: phi, zero at the start of every task.
+    context: c, zero at the start of every task.
   """
 
   params: Params
@@ -154,8 +154,8 @@ def cavia(
 ) -> MetaGradient:
   """CAVIA (Zintgraf et al. 2019): MAML whose inner steps move context parameters only.
 
-  The inner step is phi_{i+1} = phi_i - alpha dL_i(theta, phi_i)/dphi from phi_1 = 0, and the
-  meta-gradient is dL_k(theta, phi_k)/dtheta.
+  The inner step is c_{i+1} = c_i - alpha dL_i(theta, c_i)/dc from c_1 = 0, and the meta-gradient
+  is dL_k(theta, c_k)/dtheta.
 
   Args:
     loss_fn: as for `maml`, a function of `WithContext`.
@@ -230,8 +230,8 @@ def imaml(
 
   Args:
     loss_fn: as for `maml`; with a key, L'' has the key of L_k.
-    optimizer: the inner optimizer, which is given the gradient with the regularizer's. It must move
-      all parameters.
+    optimizer: the inner optimizer, which is given the gradient of the loss and the regularizer. It
+      must move all parameters.
     strength: lambda, positive.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
     iterations: of conjugate gradients.
@@ -299,7 +299,7 @@ def multi_step(
   outer_loss: LossFn | None = None,
   mixed_mode: bool = True,
 ) -> MetaGradient:
-  """MAML with a loss of the tail after every inner step (MAML++, Antoniou et al. 2019).
+  """MAML with a loss of the tail after every inner step, as in MAML++ (Antoniou et al. 2019).
 
   The meta-gradient is d/dphi of w_1 L(phi_2) + ... + w_{k-1} L(phi_k), with L the loss of the tail
   and phi_{i+1} the parameters after i inner steps. The weights [0, ..., 0, 1] are MAML. If a task
@@ -308,7 +308,7 @@ def multi_step(
   Args:
     loss_fn: as for `maml`.
     optimizer: the inner optimizer.
-    weights: `[k - 1]`; in the paper equal at first, and then shifted to the last one.
+    weights: `[k - 1]`. Antoniou et al. begin with equal weights and shift them to the last one.
     outer_loss: the loss of the tail, if it is another function than that of the inner steps.
     mixed_mode: as for `maml`.
 
@@ -362,7 +362,8 @@ def switched(first: MetaLearner, then: MetaLearner, at: int) -> MetaLearner:
   ... )
   >>> learner = switched(early, late, at=5_000)
 
-  Both learners must have the same states and log the same. The learner adapts as the second one.
+  The states and the logs of both learners must have the same structure and shapes. The learner
+  adapts as the second one.
 
   Args:
     first: for the meta-steps before `at`.

@@ -300,6 +300,7 @@ TASKS = [
     numbers(2, 1, 1),
     "rows that the inputs lack: make them with from_arrays",
   ),
+  ("a split that is not there", None, numbers(2, 1, 1), "such as splits.train, not NoneType"),
   (
     "starts and sizes",
     UNEQUAL._replace(starts=UNEQUAL.starts[:4]),

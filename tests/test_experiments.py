@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -213,9 +214,10 @@ def test_a_run_is_judged_again_without_training(tmp_path, glyphs, one_device, mo
     line["step"]: np.mean([cell["accuracy"] for cell in line["train"].values()])
     for line in folders.logged(out)[1:]
   }
+  shutil.rmtree(out / "judged")
   few_shots(recipe, judge="best", out=str(out))
-  best = {int(path.name[4:]) for path in (out / "judged").glob("step?")}
-  assert max(scores.values()) in {scores[step] for step in best}
+  (best,) = (out / "judged").iterdir()
+  assert scores[int(best.name.removeprefix("step"))] == max(scores.values())
 
   with pytest.raises(ValueError, match=r"then --inner_rate=0.001; now --inner_rate=0.1"):
     few_shots(replace(recipe, inner_rate=0.1), judge="newest", out=str(out))
@@ -265,6 +267,44 @@ def test_two_processes_do_not_write_in_one_folder(tmp_path):
       folders.set_aside(tmp_path)
   with folders.alone(tmp_path):
     pass
+
+
+def test_a_process_that_is_refused_leaves_the_flags_of_the_other(tmp_path):
+  runs.open_folder(tiny(), tmp_path).begin()
+  before = (tmp_path / "flags.txt").read_text()
+  with folders.alone(tmp_path), pytest.raises(folders.InUseError):
+    runs.open_folder(tiny(eval_tasks=99), tmp_path).begin()
+  assert (tmp_path / "flags.txt").read_text() == before
+
+
+def test_a_result_over_seeds_is_not_replaced_by_one_that_says_less(tmp_path):
+  folder = folders.RunFolder(tmp_path, {})
+  folder.begin()
+  folder.check_seeds(1)
+  folder.finish({"seeds": 2})
+  for seeds, all_of_them in ((1, True), (1, False), (3, False)):
+    with pytest.raises(ValueError, match=rf"holds a result of 2 seeds, which one of {seeds} would"):
+      folder.check_seeds(seeds, all_of_them=all_of_them)
+  for seeds, all_of_them in ((2, True), (2, False), (3, True)):
+    folder.check_seeds(seeds, all_of_them=all_of_them)
+
+
+def test_a_request_to_stop_is_not_forgotten_between_two_rounds_of_runs(monkeypatch):
+  monkeypatch.setattr(jobs, "_ASKED", threading.Event())
+  jobs.side_by_side([lambda mesh: jobs.stop()])
+  assert jobs.stopping()
+  with pytest.raises(jobs.StoppedError, match="stopped before a run began"):
+    jobs.side_by_side([lambda mesh: mesh.size])
+
+
+@pytest.mark.parametrize("flag", ["fresh", "plot_only"])
+def test_a_run_is_not_put_aside_to_be_judged(flag, tmp_path):
+  out = tmp_path / "run"
+  runs.open_folder(tiny(), out).begin()
+  judge = lambda run: few_shot.program(run, few_shot.Choice(judge="newest"), tiny())
+  with pytest.raises(ValueError, match="leave out --fresh and --plot_only"):
+    cli._prepared("few_shot", cli.Run(out=str(out), **{flag: True}), judge)
+  assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_starting_over_renames_what_was_there(tmp_path, capsys):
@@ -505,7 +545,7 @@ def test_an_exception_in_one_of_several_runs_ends_all():
     raise ZeroDivisionError
 
   def go_on(mesh):
-    assert jobs._STOPPING.wait(timeout=60)
+    assert jobs._FAILED.wait(timeout=60)
     raise RuntimeError("stopped")
 
   with pytest.raises(ZeroDivisionError):  # and not what it did to the others

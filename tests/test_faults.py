@@ -53,7 +53,7 @@ def finish(process, timeout=600):
   """Exit code, standard output, and the lines of standard error that are no progress bars."""
   out, err = process.communicate(timeout=timeout)
   lines = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-  said = [line for line in lines if not re.search(r"\d+%\|", line)]
+  said = [line for line in lines if not re.search(r"\d+%", line)]
   out = re.sub(r"\[Gloo\].*\n", "", out)  # its greetings
   return process.returncode, out, said
 
@@ -157,7 +157,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
   code, _, said = finish(process)
   assert code == 128 + number
   assert said[-1].startswith("few_shot: stopped at ") and "the same command goes on" in said[-1]
-  assert len(said) == 2 and said[0].startswith("stopping; once more")
+  assert len(said) == 2 and said[0].startswith("stopping as soon as the run can be resumed; once")
   stopped_at = re.search(r"meta-step (\d+)", said[-1])
   code, text, _ = finish(start(cache, out))
   assert code == 0

@@ -204,12 +204,13 @@ def test_a_regression(tmp_path):
 
 
 def test_frozen_parameters_stay(tmp_path):
-  path = tmp_path / "frozen.safetensors"
+  path, frozen = tmp_path / "frozen.safetensors", ("BatchStatsNorm", "Dense_0/bias")
+  adapted = lambda name: not any(part in name for part in frozen)
   saved(
     path,
-    inner=optax.sgd(0.1),
+    inner=metajax.variants.only(optax.sgd(0.1), adapted),
     inner_optimizer={"name": "sgd", "learning_rate": 0.1},
-    frozen=("BatchStatsNorm", "Dense_0/bias"),
+    frozen=frozen,
   )
   learned = metajax.load(path)
   examples = metajax.Examples(IMAGES, jnp.arange(9, dtype=jnp.int32) % 3)
@@ -297,6 +298,97 @@ def test_what_cannot_be_saved_is_refused(make, pattern, tmp_path):
   with pytest.raises(ValueError, match=pattern):
     saved(tmp_path / "x.safetensors", **arguments, **changes)
   assert not list(tmp_path.iterdir())
+
+
+def other_loss(model):
+  """The cross-entropy again, in other words."""
+
+  def loss(params, batch):
+    logits = jax.nn.log_softmax(model.apply(params, batch.inputs))
+    return -jnp.mean(jnp.take_along_axis(logits, batch.targets[:, None], axis=1))
+
+  return loss
+
+
+SGD = {"name": "sgd", "learning_rate": 0.3}
+DENSE = models.mlp(4, 3, hidden=(5,))
+
+
+@pytest.mark.parametrize(
+  ("gradient", "model", "settings"),
+  [
+    (metajax.reptile(loss_of(DENSE), optax.sgd(0.3)), DENSE, {"inner_optimizer": SGD}),
+    (metajax.maml(other_loss(DENSE), optax.sgd(0.3)), DENSE, {"inner_optimizer": SGD}),
+    (metajax.variants.imaml(loss_of(DENSE), optax.sgd(0.3), strength=5.0), DENSE, None),
+    (metajax.reptile(loss_of(DENSE), optax.sgd(3.0)), DENSE, None),
+    (metajax.reptile(loss_of(DENSE, "sum"), optax.sgd(0.3)), DENSE, None),
+    (
+      metajax.reptile(
+        loss_of(DENSE), metajax.variants.only(optax.sgd(0.3), lambda name: "Dense_1" in name)
+      ),
+      DENSE,
+      None,
+    ),
+    (
+      metajax.reptile(lambda params, batch: 2 * loss_of(DENSE)(params, batch), optax.sgd(0.3)),
+      DENSE._replace(apply=lambda params, inputs: 2 * DENSE.apply(params, inputs)),
+      None,
+    ),
+  ],
+  ids=["the same", "in other words", "implicit", "rate", "reduction", "frozen", "another apply"],
+)
+def test_a_file_that_would_adapt_otherwise_is_not_written(gradient, model, settings, tmp_path):
+  learner = metajax.meta_learner(gradient, optax.adam(1e-3), metajax.serial(2))
+  state = learner.init(model.init(KEY))
+  inputs = np.asarray(RNG.normal(size=(6, 4)), np.float32)
+  same = {"example_inputs": inputs, "inner_optimizer": SGD, "steps": 5, "batch_size": 3}
+  write = lambda: metajax.save(tmp_path / "x.safetensors", learner, state, model, **same, loss=MEAN)
+  if settings is not None:
+    write()
+    return
+  with pytest.raises(ValueError, match="would not adapt as the learner does: give the learner's"):
+    write()
+  assert not list(tmp_path.iterdir())
+
+
+def test_examples_that_are_not_finite_have_no_label(tmp_path):
+  """The largest of NaN probabilities would be the first."""
+  inner = optax.sgd(0.3)
+  learner = metajax.meta_learner(
+    metajax.reptile(loss_of(DENSE), inner), optax.sgd(1.0), metajax.serial(1)
+  )
+  inputs = np.asarray(RNG.normal(size=(3, 4)), np.float32)
+  settings = {"example_inputs": inputs, "steps": 5, "batch_size": 3, "loss": MEAN}
+  path, state = tmp_path / "x.safetensors", learner.init(DENSE.init(KEY))
+  metajax.save(path, learner, state, DENSE, **settings, inner_optimizer=SGD)
+  learned = metajax.load(path)
+  predict = learned.adapt(inputs, ["a", "b", "c"])
+  spoilt = inputs.copy()
+  spoilt[1, 2] = np.nan
+  for use in (lambda: learned.adapt(spoilt, ["a", "b", "c"]), lambda: predict(spoilt)):
+    with pytest.raises(ValueError, match="inputs must be finite: there are NaN or infinite"):
+      use()
+  with pytest.raises(ValueError, match="diverged in adapting to these examples"):
+    learned.adapt(inputs * 1e38, ["a", "b", "c"])
+
+
+def test_a_file_of_64_bits_is_read_with_64_bits(x64, tmp_path):
+  learner = metajax.meta_learner(
+    metajax.reptile(loss_of(DENSE), optax.sgd(0.3)), optax.sgd(1.0), metajax.serial(1)
+  )
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), DENSE.init(KEY))
+  path = tmp_path / "wide.safetensors"
+  settings = {"example_inputs": np.zeros((3, 4)), "steps": 5, "batch_size": 3, "loss": MEAN}
+  metajax.save(path, learner, learner.init(params), DENSE, **settings, inner_optimizer=SGD)
+  assert metajax.load(path).params["Dense_0"]["kernel"].dtype == jnp.float64
+  with jax.enable_x64(False), pytest.raises(ValueError, match="64 bits: set jax_enable_x64"):
+    metajax.load(path)
+
+
+def test_a_folder_does_not_hide_a_learner_that_comes_with_metajax(tmp_path, monkeypatch):
+  (tmp_path / "glyphs_5way_reptile").mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert metajax.load("glyphs_5way_reptile").recipe.about["data"] == "glyphs"
 
 
 def test_names_and_folders_of_files(trained, tmp_path):

@@ -131,6 +131,16 @@ def test_the_tables_of_results_are_those_of_their_files():
     assert len(empty) < len(text) and tables.filled(empty) == text
 
 
+def test_all_rows_of_a_table_have_as_many_cells():
+  """A table whose second line has another number of them is no table."""
+  pages = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
+  texts = "\n".join(page.read_text() for page in pages)
+  found = re.findall(r"(?:^\|.*\|\n)+", texts, flags=re.MULTILINE)
+  assert len(found) > 40
+  for table in found:
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
 def test_extrapolations_recover_a_curve_of_this_form():
   steps = np.arange(1_000, 11_000, 1_000)
   rng = np.random.default_rng(0)

@@ -167,6 +167,14 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     report.program(Report(), [])
   with pytest.raises(ValueError, match="holds no few-shot run with a learning curve"):
     report.program(Report(), [str(tmp_path)])
+  (tmp_path / "both").mkdir()
+  for seed in range(2):
+    write_run(tmp_path / "both" / f"seed{seed}", 4)
+  with pytest.raises(ValueError, match=r"give the runs in it, such as .*both/seed0"):
+    report.program(Report(), [str(tmp_path / "both")])
+  log = tmp_path / "run" / "metrics.jsonl"
+  log.write_text(log.read_text().replace('"test"', '"validation"'))
+  assert report.read_run(run).lines[0]["validation"]
   with pytest.raises(ValueError, match=r"must end in \.html"):
     report.program(Report(out="page.pdf"), [run])
 

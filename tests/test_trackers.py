@@ -61,16 +61,30 @@ def test_a_run_is_sent_to_wandb(tmp_path, monkeypatch):
   run = SimpleNamespace(log=lambda values, step: sent.append((step, values)), finish=lambda: None)
   init = lambda **options: sent.append(options) or run
   monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda image: image))
-  tracker = trackers.opened("wandb", tmp_path / "run", {"ways": 5})
+  tracker = trackers.opened("wandb", tmp_path / "A" / "run", {"ways": 5})
   tracker.images(0, "a task", np.zeros((2, 4, 4, 1), np.uint8))
   tracker.numbers(3, {"x": 1.0})
-  assert sent[0]["id"] == "run" and sent[0]["config"] == {"ways": 5}
+  assert sent[0]["name"] == "A/run" and sent[0]["config"] == {"ways": 5}
   assert sent[1][0] == 0 and sent[1][1]["a task"][0].shape == (4, 4) and sent[2] == (3, {"x": 1.0})
+
+
+def test_a_folder_is_one_run_of_wandb_and_another_folder_is_another(tmp_path, monkeypatch):
+  opened = []
+  init = lambda **options: opened.append(options) or SimpleNamespace(finish=None)
+  monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+  for out in ("A/seed0", "A/seed0", "B/seed0", "A/seed1"):
+    trackers.opened("wandb", tmp_path / out, {})
+  first, again, *others = (options["id"] for options in opened)
+  assert first == again and len({first, *others}) == 3
+  assert all(options["resume"] == "allow" for options in opened)
+  assert all(options["reinit"] == "create_new" for options in opened)
 
 
 def test_trackers_that_are_not_here_are_refused_beforehand(tmp_path, glyphs, monkeypatch):
   with pytest.raises(ValueError, match="--track=visdom must be of tensorboard, wandb"):
     runs.prepare(tiny(track=("visdom",)), tmp_path / "run")
+  with pytest.raises(ValueError, match="--track=visdom must be of"):
+    runs.check_all([("", tiny(track=("visdom",)), tmp_path / "run")])
   monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
   with pytest.raises(ValueError, match=r"--track=wandb needs a package .*: pip install wandb"):
     runs.prepare(tiny(track=("wandb",)), tmp_path / "run")

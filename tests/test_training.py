@@ -103,6 +103,34 @@ def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
   equal(again.state, whole.state)
 
 
+def test_another_run_is_not_taken_for_this_one(tmp_path, capsys):
+  train(folder=tmp_path, num_steps=4)
+  assert "going on" not in capsys.readouterr().out
+  with pytest.raises(ValueError, match="holds a run with another key: go on as it began, or give"):
+    metajax.train(
+      LEARNER, sample_task, MAKE_EPISODE, START, jax.random.key(6), num_steps=4, folder=tmp_path
+    )
+  with pytest.raises(ValueError, match="holds a run with 4 meta-steps, more than num_steps=2"):
+    train(folder=tmp_path, num_steps=2)
+  train(folder=tmp_path, num_steps=4)
+  said = capsys.readouterr().out
+  assert f"going on from meta-step 4 of {tmp_path}, the last one: nothing is left to train" in said
+  train(folder=tmp_path, num_steps=5)
+  assert f"going on from meta-step 4 of {tmp_path}\n" in capsys.readouterr().out
+
+
+def test_parameters_may_be_python_numbers():
+  loss = lambda params, batch: jnp.mean((batch.inputs @ params["w"] + params["b"]) ** 2)
+  gradient = metajax.reptile(loss, optax.sgd(0.1))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+  weights = jnp.ones(POOL.inputs.shape[1])
+  found, expected = (
+    train(learner, learner.init({"w": weights, "b": b}), num_steps=2).state.params
+    for b in (0.5, jnp.asarray(0.5))
+  )
+  equal(found, expected)
+
+
 def test_the_state_with_the_highest_score_is_kept(tmp_path):
   scores = {0: 9.0, 1: 0.1, 2: 0.8, 3: 0.2, 4: 0.3, 5: 0.4, 6: 0.5, 7: 0.6}
   states = {}

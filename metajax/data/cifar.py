@@ -54,7 +54,7 @@ def cifar_fs(data_dir: str | os.PathLike) -> Splits:
 def fc100(data_dir: str | os.PathLike) -> Splits:
   """Loads FC100: 60 classes for training, 20 for validation and 20 for testing, 600 images each.
 
-  Classes of one superclass, such as fish, are on the same side, which makes it harder than
+  Classes of one superclass, such as fish, are in the same split, which makes FC100 harder than
   CIFAR-FS.
 
   Args:

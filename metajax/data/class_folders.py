@@ -12,6 +12,7 @@ from metajax.data import few_shot
 from metajax.data.few_shot import Splits
 from metajax.data.files import (
   DataError,
+  all_files_below,
   cache_directory,
   decode_image,
   existing_directory,
@@ -79,7 +80,7 @@ def from_folder(
     test: the number or the fraction of test classes.
     seed: determines which classes are for what.
     min_examples: classes with fewer images are left out, with a warning that names them.
-    unreadable: whether files that are no readable image are an error, which lists all of them, or
+    unreadable: whether files that are no readable image are an error, which lists the first ten, or
       are skipped with a warning.
     cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
 
@@ -145,7 +146,7 @@ def read_images(
     path: the folder.
     size: height and width in pixels, or one number for both; see `from_folder`.
     mode: `"RGB"`, or `"L"` for gray.
-    unreadable: whether files that are no readable image are an error, which lists all of them, or
+    unreadable: whether files that are no readable image are an error, which lists the first ten, or
       are skipped with a warning.
 
   Raises:
@@ -211,7 +212,7 @@ def decoded(
 
   Raises:
     DataError: if there is no image in a part, a file lies in the wrong place, or, unless they are
-      skipped, files are no readable images; all of them are listed.
+      skipped, files are no readable images; the first ten are listed.
   """
   files = [path for paths in sources.values() for path in _files(paths)]
   kind = "x".join(map(str, form.shape))
@@ -269,7 +270,7 @@ def decode_source(
 
 def _files(sources: list[Path]) -> Iterator[Path]:
   for source in sources:
-    yield from (source.rglob("*") if source.is_dir() else [source])
+    yield from (all_files_below(source) if source.is_dir() else [source])
 
 
 def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, Path | bytes]]:

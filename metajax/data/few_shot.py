@@ -147,8 +147,12 @@ def split(
     seed: determines the division.
 
   Raises:
-    ValueError: if a number is negative, or no class is left for training or for testing.
+    ValueError: if a number is negative, or above 1 and not whole, or no class is left for training
+      or for testing.
   """
+  for name, part in (("validation", validation), ("test", test)):
+    if part > 1 and part != int(part):
+      raise ValueError(f"{name}={part} must be a number of classes, or a fraction below 1")
   total = len(classes.starts)
   of_validation, of_test = (
     round(part * total) if 0 < part < 1 else int(part) for part in (validation, test)
@@ -198,9 +202,12 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
     each label, by which its name is found in `classes.names`. It consumes the key.
 
   Raises:
-    ValueError: if there are fewer classes than ways, a class has too few examples or rows outside
-      the inputs, or a number is below 1 (`test_shots` may be 0).
+    ValueError: if the classes are something else, such as a split that the data does not have;
+      there are fewer classes than ways; a class has too few examples or rows outside the inputs; or
+      a number is below 1 (`test_shots` may be 0).
   """
+  if not isinstance(classes, Classes):
+    raise ValueError(f"classes must be Classes, such as splits.train, not {type(classes).__name__}")
   if ways < 1 or train_shots < 1 or test_shots < 0:
     raise ValueError(
       "ways and train_shots must be at least 1 and test_shots at least 0, "

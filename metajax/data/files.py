@@ -168,11 +168,35 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, Path]]:
   """Yields the files below a folder that have one of the suffixes, sorted, with the name inside."""
-  for path in sorted(folder.rglob("*")):
+  for path in sorted(all_files_below(folder)):
     inside = PurePosixPath(path.relative_to(folder).as_posix())
     hidden = any(part.startswith(".") for part in inside.parts)
-    if path.is_file() and inside.suffix.lower() in suffixes and not hidden:
+    if inside.suffix.lower() in suffixes and not hidden:
       yield inside, path
+
+
+def all_files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+  """Yields all files below a folder, also those behind links to other folders.
+
+  Args:
+    folder: where to begin.
+    above: the folders that it lies in, without links. One of them is not entered again.
+
+  Raises:
+    DataError: if a folder cannot be read.
+  """
+  here = os.path.realpath(folder)
+  if here in above:
+    return
+  try:
+    entries = list(folder.iterdir())
+  except OSError as error:
+    raise DataError(f"{folder} cannot be read ({error.strerror}): give it to this user") from error
+  for entry in entries:
+    if entry.is_dir():
+      yield from all_files_below(entry, (*above, here))
+    elif entry.is_file():
+      yield entry
 
 
 def read_file(path: Path) -> bytes:

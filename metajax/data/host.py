@@ -22,7 +22,7 @@ def host_episodes(
 
   The tasks are drawn as usual, but of row numbers: `few_shot.sample_task` of classes that
   `from_arrays(np.arange(m), labels)` makes. So the same key gives the same tasks as in
-  `metajax.run`. The library `grain` does the fetching: `pip install 'metajax[grain]'`.
+  `metajax.run`. The library `grain`, an extra of metajax, does the fetching.
 
   >>> sample = learner.execution.sample(sample_task, make_episode)
   >>> for episodes in itertools.islice(host_episodes(sample, images.__getitem__, key), 1000):

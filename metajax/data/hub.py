@@ -1,5 +1,6 @@
 """Images from the data sets of TensorFlow Datasets and of Hugging Face, divided by class."""
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,8 +27,9 @@ def from_tfds(
 ) -> Splits:
   """Reads a data set of TensorFlow Datasets with features `image` and `label`.
 
-  The images of all its splits are put together, and then its classes are divided. It is downloaded
-  and prepared when it is first used; TensorFlow itself may be needed for that.
+  The images of all its splits are put together, without those that occur twice in a class, and then
+  its classes are divided. It is downloaded and prepared when it is first used; TensorFlow itself
+  may be needed for that.
 
   Args:
     name: such as `"cifar100"`, or a builder.
@@ -74,8 +76,8 @@ def from_huggingface(
 ) -> Splits:
   """Reads a data set of images with labels by the library `datasets` of Hugging Face.
 
-  The images of all its splits are put together, and then its classes are divided. The library is
-  an extra: `pip install 'metajax[huggingface]'`.
+  The images of all its splits are put together, without those that occur twice in a class, and then
+  its classes are divided. The library is an extra of metajax.
 
   Args:
     name: on the Hugging Face hub, such as `"uoft-cs/cifar100"`, or what `datasets.load_dataset` or
@@ -121,23 +123,32 @@ def _splits(
   """Splits of images, arrays or Pillow's, and labels, which are numbers of names or themselves."""
   form = format_of(size, mode)
   labels: list[Any] = []
-
-  unlabelled = 0
+  seen: set[tuple[Any, bytes]] = set()
+  unlabelled = repeated = 0
 
   def fitted() -> Iterator[np.ndarray]:
-    nonlocal unlabelled
+    nonlocal unlabelled, repeated
     for number, (image, label) in enumerate(pairs):
       if label is None or (names is not None and label < 0):  # as in test sets that are kept secret
         unlabelled += 1
         continue
-      labels.append(label if names is None else names[label])
       image = _as_image(image, f"image {number}")
+      content = label, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+      if content in seen:  # its splits may overlap, and a task must not be tested by what it learns
+        repeated += 1
+        continue
+      seen.add(content)
+      labels.append(label if names is None else names[label])
       found = fit_image(image, f"image {number}", (form.width, form.height), mode)
       yield np.asarray(found).reshape(form.shape)
 
   images = list(fitted())
   if unlabelled:
     warnings.warn(f"{unlabelled} images without a label are left out", stacklevel=3)
+  if repeated:
+    warnings.warn(
+      f"{repeated} images are left out, since their class has the same image already", stacklevel=3
+    )
   if not images:
     raise DataError("the data set has no image with a label")
   classes = from_arrays(np.stack(images), labels, min_examples=min_examples)

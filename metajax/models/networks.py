@@ -297,7 +297,7 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
 
   It differs from `omniglot` in that the dense layer takes the mean over positions, that its kernel
   is initialized from N(0, 1), and that batch normalization has no scales. Finn et al. do not adapt
-  the offsets of batch normalization: mask them in the inner optimizer to do the same.
+  the offsets of batch normalization: `metajax.variants.only` does the same.
   """
   return _images(
     (28, 28, 1),
@@ -316,7 +316,7 @@ def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = 
 
   It differs from `mini_imagenet` in that pooling drops odd rows and columns, which leaves 5 x 5
   positions instead of 6 x 6, and that batch normalization has no scales. Finn et al. do not adapt
-  the offsets of batch normalization: mask them in the inner optimizer to do the same.
+  the offsets of batch normalization: `metajax.variants.only` does the same.
   """
   return _images(
     (84, 84, 3),
