@@ -59,8 +59,9 @@ def finish(process, timeout=600):
 
 
 def content(out):
-  """All that a run leaves, without times: parameters, metrics, results, tasks."""
-  timeless = lambda record: {name: v for name, v in record.items() if "second" not in name}
+  """All that a run leaves, without times and memory: parameters, metrics, results, tasks."""
+  costs = re.compile("second|memory")
+  timeless = lambda record: {name: v for name, v in record.items() if not costs.search(name)}
   step = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
   path = out / "checkpoints" / str(step) / "state"
   with ocp.PyTreeCheckpointer() as reader:  # as arrays of NumPy, wherever they were spread
