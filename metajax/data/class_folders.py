@@ -12,7 +12,7 @@ from metajax.data import few_shot
 from metajax.data.few_shot import Splits
 from metajax.data.files import (
   DataError,
-  all_files_below,
+  all_below,
   cache_directory,
   decode_image,
   existing_directory,
@@ -270,7 +270,7 @@ def decode_source(
 
 def _files(sources: list[Path]) -> Iterator[Path]:
   for source in sources:
-    yield from (all_files_below(source) if source.is_dir() else [source])
+    yield from (all_below(source) if source.is_dir() else [source])
 
 
 def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, Path | bytes]]:

@@ -168,15 +168,16 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, Path]]:
   """Yields the files below a folder that have one of the suffixes, sorted, with the name inside."""
-  for path in sorted(all_files_below(folder)):
+  for path in sorted(all_below(folder)):
     inside = PurePosixPath(path.relative_to(folder).as_posix())
     hidden = any(part.startswith(".") for part in inside.parts)
-    if inside.suffix.lower() in suffixes and not hidden:
+    file = path.is_file() or not path.exists()  # a link to nowhere will be an error
+    if file and inside.suffix.lower() in suffixes and not hidden:
       yield inside, path
 
 
-def all_files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-  """Yields all files below a folder, also those behind links to other folders.
+def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+  """Yields all files and folders below a folder, also those behind links to other folders.
 
   Args:
     folder: where to begin.
@@ -193,10 +194,9 @@ def all_files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]
   except OSError as error:
     raise DataError(f"{folder} cannot be read ({error.strerror}): give it to this user") from error
   for entry in entries:
+    yield entry
     if entry.is_dir():
-      yield from all_files_below(entry, (*above, here))
-    elif entry.is_file():
-      yield entry
+      yield from all_below(entry, (*above, here))
 
 
 def read_file(path: Path) -> bytes:
