@@ -350,7 +350,6 @@ def differences() -> Iterator[str]:
 TWO_STEPS = {
   "40,000 steps, outer step 0.25 to 0": "combinations",
   "10,000 steps, 0.25 to 0": "combinations_10000",
-  "10,000 steps, 0.5 to 0": "two_steps_faster",
   "10,000 steps, 0.25 throughout": "two_steps_constant",
 }
 
@@ -429,6 +428,8 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "expansions": expansions,
   "combinations": of_combinations,
   "differences": differences,
+  "two_steps": two_steps,
+  "one_shot": one_shot,
   "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
   "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
   "overlap_c": lambda: _panel(
