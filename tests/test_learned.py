@@ -312,6 +312,7 @@ def other_loss(model):
 
 SGD = {"name": "sgd", "learning_rate": 0.3}
 DENSE = models.mlp(4, 3, hidden=(5,))
+LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inputs))
 
 
 @pytest.mark.parametrize(
@@ -329,11 +330,7 @@ DENSE = models.mlp(4, 3, hidden=(5,))
       DENSE,
       None,
     ),
-    (
-      metajax.reptile(lambda params, batch: 2 * loss_of(DENSE)(params, batch), optax.sgd(0.3)),
-      DENSE._replace(apply=lambda params, inputs: 2 * DENSE.apply(params, inputs)),
-      None,
-    ),
+    (metajax.reptile(loss_of(LOUDER), optax.sgd(0.3)), LOUDER, None),
   ],
   ids=["the same", "in other words", "implicit", "rate", "reduction", "frozen", "another apply"],
 )
