@@ -123,10 +123,11 @@ class RunFolder:
 
     Args:
       seeds: the number of seeds of the new result.
-      all_of_them: whether it is about everything that the old one may be about.
+      all_of_them: whether the new result has all curves, methods or panels that there are.
 
     Raises:
-      ValueError: if the folder has a result of more seeds, or of fewer with parts that would go.
+      ValueError: if the folder has a result of more seeds; or one of fewer, and the new result does
+        not have all of them.
     """
     before = (self.result() or {}).get("seeds", seeds)
     if before > seeds or (before < seeds and not all_of_them):

@@ -169,15 +169,13 @@ def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, Path]]:
   """Yields the files below a folder that have one of the suffixes, sorted, with the name inside."""
   for path in sorted(all_below(folder)):
-    inside = PurePosixPath(path.relative_to(folder).as_posix())
-    hidden = any(part.startswith(".") for part in inside.parts)
     file = path.is_file() or not path.exists()  # a link to nowhere will be an error
-    if file and inside.suffix.lower() in suffixes and not hidden:
-      yield inside, path
+    if file and path.suffix.lower() in suffixes:
+      yield PurePosixPath(path.relative_to(folder).as_posix()), path
 
 
 def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-  """Yields all files and folders below a folder, also those behind links to other folders.
+  """Yields what is below a folder and not hidden, also behind links to other folders.
 
   Args:
     folder: where to begin.
@@ -190,9 +188,9 @@ def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
   if here in above:
     return
   try:
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
   except OSError as error:
-    raise DataError(f"{folder} cannot be read ({error.strerror}): give it to this user") from error
+    raise DataError(f"{folder} cannot be read ({error.strerror}): allow it") from error
   for entry in entries:
     yield entry
     if entry.is_dir():

@@ -27,9 +27,9 @@ def from_tfds(
 ) -> Splits:
   """Reads a data set of TensorFlow Datasets with features `image` and `label`.
 
-  The images of all its splits are put together, without those that occur twice in a class, and then
-  its classes are divided. It is downloaded and prepared when it is first used; TensorFlow itself
-  may be needed for that.
+  The images of all its splits are put together, and then its classes are divided. An image that
+  occurs twice in a class is kept once. The data set is downloaded and prepared when it is first
+  used; TensorFlow itself may be needed for that.
 
   Args:
     name: such as `"cifar100"`, or a builder.
@@ -76,8 +76,8 @@ def from_huggingface(
 ) -> Splits:
   """Reads a data set of images with labels by the library `datasets` of Hugging Face.
 
-  The images of all its splits are put together, without those that occur twice in a class, and then
-  its classes are divided. The library is an extra of metajax.
+  The images of all its splits are put together, and then its classes are divided. An image that
+  occurs twice in a class is kept once. The library is an extra of metajax.
 
   Args:
     name: on the Hugging Face hub, such as `"uoft-cs/cifar100"`, or what `datasets.load_dataset` or
@@ -133,14 +133,14 @@ def _splits(
         unlabelled += 1
         continue
       image = _as_image(image, f"image {number}")
-      content = label, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+      found = np.asarray(fit_image(image, f"image {number}", (form.width, form.height), mode))
+      content = label, hashlib.blake2b(found.tobytes(), digest_size=16).digest()
       if content in seen:  # its splits may overlap, and a task must not be tested by what it learns
         repeated += 1
         continue
       seen.add(content)
       labels.append(label if names is None else names[label])
-      found = fit_image(image, f"image {number}", (form.width, form.height), mode)
-      yield np.asarray(found).reshape(form.shape)
+      yield found.reshape(form.shape)
 
   images = list(fitted())
   if unlabelled:
