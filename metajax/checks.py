@@ -4,6 +4,7 @@ Of traced values they read shapes and dtypes only, so that they cost nothing in 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metajax.programs import without_sharding
 from metajax.types import Examples, LossFn, Params, PRNGKey, Task, leaf_name, num_examples
 
 
@@ -40,11 +42,37 @@ def is_apply(apply: Any) -> None:
 
 
 def is_task(task: Any) -> None:
-  """Checks what a task sampler returned."""
+  """Checks what a task sampler returned, or what `make_episode` was given as a task."""
+  if isinstance(task, int):
+    raise ValueError(
+      "make_episode was given where a schedule belongs: give the schedule itself, such as "
+      "cycling(num_steps, batch_size), without shared_tail or separate_tail"
+    )
   if not (isinstance(task, Task) and all(isinstance(part, Examples) for part in task[:2])):
     raise ValueError(
       f"a task must be a metajax.Task of two metajax.Examples, not {type(task).__name__}: return "
       "Task(Examples(inputs, targets), Examples(inputs, targets)) from sample_task"
+    )
+
+
+def is_count(n: Any) -> None:
+  """Checks that a schedule was given a number of examples."""
+  if not isinstance(n, int | np.integer):
+    raise ValueError(
+      f"a schedule takes a number of examples, not {type(n).__name__}: where make_episode belongs, "
+      "give shared_tail(schedule) or separate_tail(schedule)"
+    )
+
+
+def uses_key(sample_task: Callable[[PRNGKey], Any], key: PRNGKey) -> None:
+  """Warns if a task sampler draws nothing from its key."""
+  program = jax.make_jaxpr(sample_task)(without_sharding(key)).jaxpr
+  used = {id(value) for equation in program.eqns for value in equation.invars}
+  if not any(id(value) in used for value in program.invars):
+    warnings.warn(
+      "sample_task does not use its key, so all tasks are the same: draw with jax.random from the "
+      "key. What NumPy draws is drawn only once, when the program is compiled",
+      stacklevel=2,
     )
 
 
@@ -145,9 +173,21 @@ def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
     parameters = list(inspect.signature(loss_fn).parameters.values())
   except (TypeError, ValueError):  # of some built-in functions
     return ""
-  if len(parameters) < 3 or parameters[2].name != "key":
+  if len(parameters) < 3:
     return ""
-  return "always" if parameters[2].default is inspect.Parameter.empty else "if there is one"
+  third = parameters[2]
+  required = third.default is inspect.Parameter.empty and third.kind not in (
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+  )
+  if third.name != "key":
+    if required:
+      raise ValueError(
+        f"the third parameter of a loss is the key of random numbers, and here it is {third.name}: "
+        "name it key, or fill it in with functools.partial"
+      )
+    return ""
+  return "always" if required else "if there is one"
 
 
 def _metrics(metrics: Any) -> dict[str, jax.Array]:

@@ -29,6 +29,7 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
   checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
+    checks.is_count(n)
     if n < 1:
       raise ValueError(f"minibatches cannot be drawn from {n} examples: raise the shots")
     passes = -(-num_steps * batch_size // n)
@@ -56,6 +57,7 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
   checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
+    checks.is_count(n)
     if batch_size > n:
       raise ValueError(
         f"a minibatch of {batch_size} cannot be drawn without duplicates from {n} examples: "
@@ -90,6 +92,7 @@ def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: i
   checks.at_least_one(num_steps=num_steps, batch_size=batch_size, ways=ways, at_least=at_least)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
+    checks.is_count(n)
     if n % ways or n // ways < at_least:
       raise ValueError(
         f"{n} examples are not at least {at_least} of each of {ways} classes: change ways, lower "

@@ -164,9 +164,12 @@ def judge_part(
 
   def judge_task(shared: tuple[MetaState, PRNGKey], index: jax.Array) -> Any:
     state, key = shared
+    checks.uses_key(sample_task, key)
     task_key, batch_key = jax.random.split(jax.random.fold_in(key, index))
     task = sample_task(task_key)
     checks.is_task(task)
+    if num_examples(task.test) == 0:
+      raise ValueError("a task has no test examples to judge by: raise test_shots")
     return metric(evaluate_task(state, batch_key, task), task.test.targets)
 
   over_tasks = map_tasks(judge_task, mesh, chunk=chunk)

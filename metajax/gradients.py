@@ -139,9 +139,10 @@ def maml(
     remat: recompute each inner step in the backward pass, which takes less memory and more time. It
       is meant for `mixed_mode=False`; mixed mode keeps no activations that could be recomputed.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
-      keeps no tape of the inner gradients, so it takes less memory and no more time. If the
-      `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), JAX refuses it:
-      then give False, which differentiates through the inner gradients in reverse mode.
+      keeps no tape of the inner gradients, so it takes less memory and no more time. Give False,
+      which differentiates through the inner gradients in reverse mode, if the `loss_fn` has a
+      derivative rule for reverse mode only (`jax.custom_vjp`), which JAX refuses otherwise, or to
+      differentiate the meta-gradient once more.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,

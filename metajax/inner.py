@@ -1,5 +1,6 @@
 """The operator U^k: k optimizer steps on the losses of one task (Equations 1, 9 and 10)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from metajax import checks
+from metajax.programs import traced
 from metajax.types import (
   Examples,
   InnerState,
@@ -250,12 +252,31 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
 
   Only derivatives of the value, with respect to the parameters, are defined; metrics have none.
   """
-  asks_for_key, loss_fn = checks.asks_for_key(loss_fn), checks.loss(loss_fn)
+  asks_for_key, checked = checks.asks_for_key(loss_fn), checks.loss(loss_fn)
+
+  def loss(params: Params, batch: Examples, key: PRNGKey | None = None) -> Any:
+    # A custom derivative may not close over values of an outer `jit` or `vmap`: they are arguments.
+    call, constants = traced(checked, params, batch, key)
+    is_outer = lambda constant: isinstance(constant, jax.core.Tracer)
+    outer = [constant for constant in constants if is_outer(constant)]
+
+    def with_outer(params: Params, arguments: Any) -> Any:
+      (batch, key), outer = arguments
+      left = iter(outer)
+      filled = [next(left) if is_outer(constant) else constant for constant in constants]
+      return call(filled, params, batch, key)
+
+    return _forward_over_reverse(with_outer)(params, ((batch, key), outer))
+
+  return loss if asks_for_key else lambda params, batch: loss(params, batch)
+
+
+def _forward_over_reverse(loss_fn: Callable[[Params, Any], Any]) -> Callable[[Params, Any], Any]:
   differentiated = jax.value_and_grad(loss_fn, has_aux=True)
 
   @jax.custom_vjp
   def value_and_grad(params: Params, arguments: Any) -> tuple[Any, Params]:
-    return differentiated(params, *arguments)
+    return differentiated(params, arguments)
 
   def keep_arguments(params: Params, arguments: Any) -> Any:
     return value_and_grad(params, arguments), (params, arguments)
@@ -263,24 +284,22 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   def hessian_vector(kept: Any, cotangents: Any) -> tuple[Params, None]:
     (params, arguments), ((of_value, _), direction) = kept, cotangents
     params = jax.tree.map(_out_of_the_stack, params)
-    grad = lambda params: differentiated(params, *arguments)[1]
+    grad = lambda params: differentiated(params, arguments)[1]
     grads, product = jax.jvp(grad, (params,), (direction,))
     # The value matters only to optimizers that use it, such as optax.polyak_sgd.
-    return jax.tree.map(lambda p, g: p + of_value * g, product, grads), None
+    return jax.tree.map(lambda p, g: p + (of_value * g).astype(p.dtype), product, grads), None
 
   value_and_grad.defvjp(keep_arguments, hessian_vector)
 
   @jax.custom_vjp
   def loss(params: Params, arguments: Any) -> Any:
-    return loss_fn(params, *arguments)
+    return loss_fn(params, arguments)
 
   def scale(grads: Params, cotangents: Any) -> tuple[Params, None]:
-    return jax.tree.map(lambda g: cotangents[0] * g, grads), None
+    return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), grads), None
 
   loss.defvjp(value_and_grad, scale)
-  if asks_for_key:
-    return lambda params, batch, key=None: loss(params, (batch, key))
-  return lambda params, batch: loss(params, (batch, None))
+  return loss
 
 
 def _out_of_the_stack(leaf: jax.Array) -> jax.Array:

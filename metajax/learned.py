@@ -193,7 +193,11 @@ def save(
   if not all_finite(params):
     raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
   arrays = {**_named(params, "params"), **_named(inner_state, "inner")}
-  _filled(path, "params", jax.eval_shape(model.init, jax.random.key(0)), arrays)
+  if not _alike(params, jax.eval_shape(model.init, jax.random.key(0))):
+    raise ValueError(
+      "the learner's parameters are not those of this model: give the model that it was trained "
+      "with; a learner that also learns something else, such as Meta-SGD, cannot be saved"
+    )
   for part in frozen:
     if not any(part in name for name in arrays if name.startswith("params/")):
       raise ValueError(f"frozen names {part!r}, which is in the name of no parameter")
@@ -222,14 +226,19 @@ def _check_adapts_as(
   example_inputs: Any,
   outputs: tuple[int, ...],
 ) -> None:
-  """Checks that the recipe adapts as the learner does, to any labels of the example inputs."""
+  """Checks that the recipe adapts as the learner does, to any labels of inputs like the example."""
+  n, least = num_examples(example_inputs), 4  # of one example, a sum is a mean
+  example_inputs = jax.tree.map(
+    lambda leaf: np.stack([np.roll(leaf[row % n], row // n) for row in range(max(n, least))]),
+    example_inputs,
+  )
+  n, outputs = max(n, least), (max(n, least), *outputs[1:])
   if recipe.loss["name"] == "squared_error":
     targets = np.zeros(outputs, np.float32)
   else:
     targets = np.resize(np.arange(outputs[-1], dtype=np.int32), outputs[:-1])
   examples = Examples(example_inputs, targets)
-  steps, n = min(recipe.steps, 2), num_examples(example_inputs)
-  rows = cycling(steps, min(recipe.batch_size, n))(jax.random.key(0), n)
+  rows = cycling(min(recipe.steps, 2), min(recipe.batch_size, n))(jax.random.key(0), n)
   plain = reptile(_loss(recipe, model), _optimizer(recipe))
 
   def by_recipe(state: MetaState, examples: Examples, rows: jax.Array) -> Params:
@@ -255,6 +264,12 @@ def _check_adapts_as(
       "frozen and model; a learner that adapts in another way than by plain inner steps cannot be "
       "saved"
     )
+
+
+def _alike(params: Params, like: Any) -> bool:
+  """Whether two trees of parameters have the same names and shapes."""
+  shapes = [{k: np.shape(leaf) for k, leaf in _named(tree).items()} for tree in (params, like)]
+  return shapes[0] == shapes[1]
 
 
 def _fetched(learner: MetaLearner, state: MetaState) -> tuple[Params, InnerState]:
@@ -309,13 +324,13 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
 
 
 def _loss(recipe: Recipe, model: Model) -> LossFn:
-  name = recipe.loss.get("name")
-  if name not in _LOSSES or set(recipe.loss) != {"name", "reduction"}:
+  known = isinstance(recipe.loss, dict) and recipe.loss.get("name") in _LOSSES
+  if not known or set(recipe.loss) != {"name", "reduction"}:
     raise ValueError(
       f"loss must be one of {', '.join(_LOSSES)} with a reduction, as {{'name': 'cross_entropy', "
-      f"'reduction': 'mean'}}, not {recipe.loss}"
+      f"'reduction': 'mean'}}, not {recipe.loss!r}"
     )
-  return _LOSSES[name](model.apply, reduction=recipe.loss["reduction"])
+  return _LOSSES[recipe.loss["name"]](model.apply, reduction=recipe.loss["reduction"])
 
 
 def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerState) -> Learned:
@@ -398,12 +413,13 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-  name = recipe.inner_optimizer.get("name")
-  arguments = {k: v for k, v in recipe.inner_optimizer.items() if k != "name"}
+  given = recipe.inner_optimizer if isinstance(recipe.inner_optimizer, dict) else {}
+  name = given.get("name")
+  arguments = {k: v for k, v in given.items() if k != "name"}
   if name not in _OPTIMIZERS:
     raise ValueError(
       f"inner_optimizer must be one of {', '.join(_OPTIMIZERS)}, as {{'name': 'sgd', "
-      f"'learning_rate': 0.1}}, not {recipe.inner_optimizer}"
+      f"'learning_rate': 0.1}}, not {recipe.inner_optimizer!r}"
     )
   try:
     optimizer = getattr(optax, name)(**arguments)

@@ -116,6 +116,8 @@ def run(
   sample_episodes = learner.execution.sample(sample_task, make_episode)
 
   def run_steps(state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
+    checks.uses_key(sample_task, key)
+
     def body(state: MetaState, _: None) -> tuple[MetaState, Info]:
       return learner.step(state, sample_episodes(jax.random.fold_in(key, state.step)))
 

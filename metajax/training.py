@@ -35,21 +35,26 @@ class Sums(NamedTuple):
 
   meta_steps: int = 0
   totals: dict[str, Any] = {}  # noqa: RUF012, never changed; by name, each like the array of a step
+  skipped: float = (
+    0.0  # the fractions of tasks that were skipped, which count as zeros in the totals
+  )
 
   def add(self, infos: Info) -> "Sums":
     """Adds those of n more meta-steps, `[n, k, ...]`."""
-    values = jax.device_get({"losses": infos.losses, **(infos.metrics or {})})
+    infos = jax.device_get(infos)
+    values = {"losses": infos.losses, **(infos.metrics or {})}
     more = {name: array.astype(np.float64).sum(axis=0) for name, array in values.items()}
     totals = {
       name: (np.asarray(self.totals.get(name, 0.0)) + total).tolist()
       for name, total in more.items()
     }
-    return Sums(self.meta_steps + len(values["losses"]), totals)
+    skipped = 0.0 if infos.skipped is None else float(np.sum(infos.skipped, dtype=np.float64))
+    return Sums(self.meta_steps + len(values["losses"]), totals, self.skipped + skipped)
 
   def means(self) -> dict[str, Any]:
-    return {
-      name: (np.asarray(total) / self.meta_steps).tolist() for name, total in self.totals.items()
-    }
+    """Over the tasks that were not skipped; NaN if all were."""
+    counted = self.meta_steps - self.skipped or np.nan
+    return {name: (np.asarray(total) / counted).tolist() for name, total in self.totals.items()}
 
 
 class Record(NamedTuple):
@@ -59,10 +64,11 @@ class Record(NamedTuple):
     step: the meta-steps done so far.
     state: the state after them.
     losses: L_1 ... L_k, averaged over all tasks and meta-steps since the last report; empty in the
-      first report of a program.
+      first report of a program. Tasks that `skip_nonfinite` skipped do not count.
     metrics: the same of what the losses returned beside their values, by name.
     seconds: the time spent in compiled meta-steps, that of earlier, interrupted programs included.
     restored: whether this is the state that was restored from a checkpoint.
+    skipped: the fraction of the tasks since the last report that `skip_nonfinite` skipped.
   """
 
   step: int
@@ -71,6 +77,7 @@ class Record(NamedTuple):
   metrics: dict[str, Any]
   seconds: float
   restored: bool
+  skipped: float = 0.0
 
 
 def _no_report(record: Record) -> None:
@@ -192,11 +199,18 @@ def train(
       step += steps
       sums = sums.add(infos)
       bar.update(steps)
-      bar.set_postfix_str(_in_words(new_losses.mean(0)))
+      new = Sums().add(infos)
+      bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
       if steps == until_report:
-        means = sums.means()
+        means, skipped = sums.means(), sums.skipped / sums.meta_steps
         losses = means.pop("losses")
-        record = Record(step, copied(state), losses, means, seconds, restored=False)
+        if skipped == 1:
+          warnings.warn(
+            f"all tasks of meta-steps {step - sums.meta_steps + 1} to {step} were skipped, because "
+            "their gradients are not finite: nothing was learned. Lower the inner rate",
+            stacklevel=2,
+          )
+        record = Record(step, copied(state), losses, means, seconds, False, skipped)
         sums = Sums()
         with _paused(bar):
           score = report(record)
@@ -225,10 +239,11 @@ def _paused(bar: tqdm) -> Iterator[None]:
     bar.last_print_t += time.time() - start
 
 
-def _in_words(losses: np.ndarray) -> str:
+def _in_words(losses: list[float], skipped: float) -> str:
   """The losses L_1 ... L_k of an episode as a few words: L_1 is before any inner step."""
   adapted = f", adapted {losses[-1]:.3f}" if len(losses) > 1 else ""
-  return f"loss {losses[0]:.3f}{adapted}"
+  left_out = f", {100 * skipped:.0f} % skipped" if skipped else ""
+  return f"loss {losses[0]:.3f}{adapted}{left_out}"
 
 
 def _closing(saved: Any) -> Callable[..., None]:

@@ -57,7 +57,7 @@ def only(
   through, which would then be added to them.
 
   Args:
-    optimizer: moves the adapted parameters.
+    optimizer: moves the adapted parameters. If it is `carried`, so is the result.
     adapted: from the name of a parameter, such as `Dense_0/kernel`, to whether it is adapted.
 
   Raises:
@@ -71,7 +71,8 @@ def only(
       raise ValueError(f"no parameter would be adapted: choose some of {names}")
     return chosen
 
-  return optax.partition({True: optimizer, False: optax.set_to_zero()}, labels)
+  moving = optax.partition({True: optimizer, False: optax.set_to_zero()}, labels)
+  return carried(moving) if isinstance(optimizer, Carried) else moving
 
 
 class WithRates(NamedTuple):
@@ -168,8 +169,6 @@ def cavia(
     An estimator of the gradient of theta. Its `adapt` returns `WithContext`.
   """
   inner = only(optimizer, lambda name: name.startswith("context"))
-  if isinstance(optimizer, Carried):
-    inner = carried(inner)
   whole = maml(loss_fn, inner, outer_loss=outer_loss, **options)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), context)
 

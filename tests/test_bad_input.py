@@ -645,6 +645,15 @@ def evaluated(loss, state):
   return evaluate(trained, KEY, metajax.Task(BATCH, BATCH))
 
 
+def judged(test):
+  sample = lambda key: metajax.Task(jax.tree.map(lambda a: jnp.roll(a, key[0], 0), BATCH), test)
+  predict = metajax.transductive(lambda params, inputs: inputs @ params)
+  learner = metajax.meta_learner(metajax.reptile(LOSS, SGD), SGD, metajax.serial(1))
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), predict)
+  judge = metajax.judge(evaluate, sample, metajax.losses.accuracy)
+  return judge(learner.init(PHI), jax.random.PRNGKey(0), 2)
+
+
 def cross_entropy(targets):
   return LOSS(PHI, BATCH._replace(targets=targets))
 
@@ -721,6 +730,24 @@ CALLS = [
   ),
   ("minibatches: none", lambda: metajax.cycling(0, 3), "num_steps must be at least 1, not 0"),
   ("minibatches: empty", lambda: metajax.replacement(2, 0), "batch_size must be at least 1, not 0"),
+  (
+    "a schedule as make_episode",
+    lambda: metajax.cycling(2, 3)(KEY, metajax.Task(BATCH, BATCH)),
+    "not Task: where make_episode belongs, give shared_tail",
+  ),
+  (
+    "make_episode as a schedule",
+    lambda: metajax.separate_tail(metajax.cycling(2, 3))(KEY, 7),
+    "give the schedule itself, .* without shared_tail or separate_tail",
+  ),
+  (
+    "loss: another name than key",
+    lambda: metajax.reptile(lambda phi, batch, rng: LOSS(phi, batch), SGD).estimate(
+      PHI, (), EPISODE
+    ),
+    "the third parameter of a loss is the key .*, and here it is rng: name it key",
+  ),
+  ("judging: no test", lambda: judged(NO_EXAMPLE), "no test examples to judge by: raise test_sh"),
   ("replacement: too many", lambda: metajax.replacement(2, 9)(KEY, 7), "from 7 examples: lower"),
   ("cycling: no example", lambda: metajax.cycling(2, 3)(KEY, 0), "from 0 examples: raise the"),
   ("separate tail: k = 1", lambda: HELD_BACK(BATCH, k=1), "use num_steps >= 2, or shared_tail"),

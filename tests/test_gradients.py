@@ -57,6 +57,21 @@ def test_the_last_gradient_alone_is_fomaml(x64, tail):
   assert info.losses.shape == (4,)
 
 
+@pytest.mark.parametrize("inner", [optax.sgd(RATE), optax.sgd(RATE, momentum=0.9)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_may_be_narrower_than_the_loss(x64, dtype, inner):
+  """The loss is float64; each parameter's gradient has the dtype of the parameter."""
+  params, episode = problems.weights().astype(dtype), problems.episode(8, k=3)
+  loss = lambda params, batch: LOSS(params.astype(jnp.float64), batch)
+  mixed, reverse = (
+    estimate(metajax.maml(loss, inner, mixed_mode=mode), params, episode)[0]
+    for mode in (True, False)
+  )
+  assert mixed.dtype == dtype
+  eps = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(*(np.asarray(g, float) for g in (mixed, reverse)), rtol=8 * eps)
+
+
 def test_one_step_makes_all_of_them_the_plain_gradient(x64):
   params, episode = problems.weights(), problems.episode(4, k=1)
   sgd = optax.sgd(RATE)

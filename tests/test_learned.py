@@ -273,6 +273,8 @@ def test_a_file_that_asks_for_other_code_is_refused(trained, tmp_path):
 
 
 REFUSALS = [
+  (lambda: ({}, {"loss": "cross_entropy"}), "'reduction': 'mean'}, not 'cross_entropy'"),
+  (lambda: ({}, {"inner_optimizer": "sgd"}), "'learning_rate': 0.1}, not 'sgd'"),
   (lambda: ({}, {"inner_optimizer": {"name": "sgd", "rate": 1}}), "optax.sgd cannot be made with"),
   (lambda: ({}, {"inner_optimizer": {"name": "chain"}}), "inner_optimizer must be one of"),
   (
@@ -334,10 +336,13 @@ LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inp
   ],
   ids=["the same", "in other words", "implicit", "rate", "reduction", "frozen", "another apply"],
 )
-def test_a_file_that_would_adapt_otherwise_is_not_written(gradient, model, settings, tmp_path):
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_file_that_would_adapt_otherwise_is_not_written(
+  gradient, model, settings, rows, tmp_path
+):
   learner = metajax.meta_learner(gradient, optax.adam(1e-3), metajax.serial(2))
   state = learner.init(model.init(KEY))
-  inputs = np.asarray(RNG.normal(size=(6, 4)), np.float32)
+  inputs = np.asarray(RNG.normal(size=(rows, 4)), np.float32)
   same = {"example_inputs": inputs, "inner_optimizer": SGD, "steps": 5, "batch_size": 3}
   write = lambda: metajax.save(tmp_path / "x.safetensors", learner, state, model, **same, loss=MEAN)
   if settings is not None:
@@ -345,6 +350,18 @@ def test_a_file_that_would_adapt_otherwise_is_not_written(gradient, model, setti
     return
   with pytest.raises(ValueError, match="would not adapt as the learner does: give the learner's"):
     write()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_learner_that_also_learns_rates_is_not_written(tmp_path):
+  gradient = metajax.variants.meta_sgd(loss_of(DENSE))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.serial(2))
+  state = learner.init(metajax.variants.with_rates(DENSE.init(KEY), 0.3))
+  same = {"example_inputs": np.ones((1, 4), np.float32), "inner_optimizer": SGD, "loss": MEAN}
+  with pytest.raises(
+    ValueError, match=r"not those of this model: give .* such as Meta-SGD, cannot"
+  ):
+    metajax.save(tmp_path / "x.safetensors", learner, state, DENSE, **same, steps=1, batch_size=1)
   assert not list(tmp_path.iterdir())
 
 

@@ -135,6 +135,40 @@ def test_a_sweep_is_its_runs_one_by_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), together, alone)
 
 
+@pytest.mark.parametrize("algorithm", [metajax.fomaml, metajax.maml])
+def test_a_sweep_of_numbers_in_the_loss(algorithm):
+  """The loss closes over traced values, which MAML's custom derivatives must be given."""
+  _, sample_task, make_episode = make()
+
+  def make_learner(values):
+    decay, scale = values
+    loss = lambda phi, batch: scale * LOSS(phi, batch) + decay * jnp.sum(phi**2)
+    return metajax.meta_learner(algorithm(loss, optax.sgd(0.1)), optax.sgd(0.5), metajax.vmapped(2))
+
+  values, keys = (jnp.array([0.0, 0.1]), jnp.array([1.0, 0.5])), jax.random.split(KEY, 2)
+  sweep = metajax.sweep(make_learner, sample_task, make_episode, 2)
+  params = jnp.stack([problems.weights()] * 2)
+  states, _ = jax.jit(sweep.run)(values, sweep.init(values, params), keys)
+  for run in range(2):
+    learner = make_learner(tuple(float(value[run]) for value in values))  # known when it is traced
+    alone = jax.jit(metajax.run(learner, sample_task, make_episode, 2))
+    state, _ = alone(learner.init(params[run]), keys[run])
+    np.testing.assert_allclose(states.params[run], state.params, rtol=1e-5)
+
+
+def test_a_sampler_that_does_not_use_its_key_is_warned_of():
+  learner, _, make_episode = make()
+  rng = np.random.default_rng(0)
+
+  def by_numpy(key):
+    inputs = jnp.asarray(rng.normal(size=(9, 4)))
+    examples = metajax.Examples(inputs, jnp.arange(9) % 3)
+    return metajax.Task(examples, examples)
+
+  with pytest.warns(UserWarning, match="does not use its key, so all tasks are the same: draw"):
+    metajax.run(learner, by_numpy, make_episode, 2)(learner.init(problems.weights()), KEY)
+
+
 def test_run_refuses_no_steps():
   with pytest.raises(ValueError, match="num_steps must be at least 1"):
     metajax.sweep(lambda values: make()[0], *make()[1:], 0)

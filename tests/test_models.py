@@ -447,6 +447,7 @@ def equinox_with_dropout():
   return models.from_equinox(Network), apply
 
 
+@pytest.mark.filterwarnings("ignore:sample_task does not use its key")
 @pytest.mark.parametrize("make", [linen_with_dropout, nnx_with_dropout, equinox_with_dropout])
 def test_networks_with_dropout_train_with_a_key(make):
   """Batch normalization and dropout: a new mask in each step, and none in predictions."""

@@ -11,6 +11,7 @@ from tests import problems
 
 KEY = jax.random.key(0)
 LOSS = problems.softmax_loss(reduction="mean")
+pytestmark = pytest.mark.filterwarnings("ignore:sample_task does not use its key")
 PHI = problems.weights()
 MAKE_EPISODE = metajax.separate_tail(metajax.cycling(3, 3))
 SGD = optax.sgd(0.1)
@@ -112,6 +113,31 @@ def test_skipped_tasks_count_as_zero_and_are_counted():
   np.testing.assert_allclose(info.losses, of_one.losses / 2, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), half.inner, both.inner)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), half.inner, state.inner)
+
+
+def test_skipped_tasks_do_not_count_in_the_losses_that_are_reported():
+  """All good tasks have the same losses, so their mean does not depend on how many are skipped."""
+  gradient = metajax.skip_nonfinite(metajax.reptile(LOSS, SGD))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.0), metajax.vmapped(2))
+
+  def sometimes_bad(chance):
+    def sample(key):
+      scale = jnp.where(jax.random.bernoulli(key, chance), jnp.nan, 1.0)
+      return jax.tree.map(lambda part: part * scale if part.ndim > 1 else jnp.asarray(part), TASK)
+
+    return sample
+
+  def trained(chance):
+    start = learner.init(PHI)
+    whole = metajax.separate_tail(metajax.cycling(3, 7))  # so that all good tasks are alike
+    return metajax.train(learner, sometimes_bad(chance), whole, start, KEY, num_steps=20)
+
+  all_good, some = trained(0.0), trained(0.5)
+  assert all_good.skipped == 0 and 0.2 < some.skipped < 0.8
+  np.testing.assert_allclose(some.losses, all_good.losses, rtol=1e-5)
+  with pytest.warns(UserWarning, match="all tasks of meta-steps 1 to 20 were skipped"):
+    none = trained(1.0)
+  assert none.skipped == 1 and np.isnan(none.losses).all()
 
 
 def test_failed_tasks_have_no_accuracy():

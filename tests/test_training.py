@@ -199,6 +199,8 @@ def test_losses_are_added_in_double_precision():
   for _ in range(3):
     sums = sums.add(metajax.Info(np.float32([[1.0, 2.0**-24]]), {"a": np.float32([[0.5]])}))
   assert sums.means() == {"losses": [1.0, 2.0**-24], "a": [0.5]}
+  half = training.Sums().add(metajax.Info(np.float32([[1.0]]), skipped=np.float32([0.5])))
+  assert half.means() == {"losses": [2.0]} and half.skipped == 0.5
   assert training.Sums(*json.loads(json.dumps(sums))).means() == sums.means()
 
 

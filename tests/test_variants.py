@@ -92,6 +92,14 @@ def test_momentum_of_what_is_not_adapted_does_not_matter(x64):
   assert not np.any(np.asarray(moved["body"]["w"])) and np.any(np.asarray(moved["head"]["w"]))
 
 
+def test_a_carried_optimizer_that_moves_a_part_is_carried():
+  inner = metajax.variants.only(metajax.carried(optax.adam(0.1, b1=0.0)), lambda name: "b" in name)
+  gradient = metajax.reptile(lambda params, batch: jnp.sum(params["b"]), inner)
+  params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+  _, after, _ = gradient.estimate(params, gradient.init(params), problems.episode(0, k=3))
+  assert int(optax.tree.get(after, "count")) == 3
+
+
 def test_a_masked_optimizer_that_adds_raw_gradients_is_refused():
   params = start()
   masked = optax.masked(optax.sgd(RATE), {"body": False, "head": True})
@@ -135,6 +143,7 @@ def test_meta_sgd_with_equal_rates_is_maml_and_shared_rates_add_up(x64):
   jax.tree.map(lambda one, many: close(one, jnp.sum(many)), found.rates, each.rates)
 
 
+@pytest.mark.filterwarnings("ignore:sample_task does not use its key")
 def test_rates_improve_on_those_to_begin_with():
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), start())
   task = metajax.Task(problems.examples(0, 9), problems.examples(1, 9))

@@ -303,8 +303,10 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
     found, unreadable = decode_source(source, form, part)
     for name in found:
       if len(name.parts) != 2:
+        divided = "; if it is divided into parts, they are train, test and, if you like, val"
         raise DataError(
           f"{source} holds {name}, which is not CLASS/IMAGE: it should hold {form.layout}"
+          + (divided if name.parts[0] in (*SPLITS, "valid", "validation") else "")
         )
       if name in images:
         raise DataError(f"{source} holds {name} a second time: keep one of the two")

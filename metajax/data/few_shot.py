@@ -216,7 +216,9 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   num_classes, shots = len(classes.starts), train_shots + test_shots
   if ways > num_classes:
     raise ValueError(
-      f"{ways} ways need {ways} classes, and there are {num_classes}: lower the ways"
+      f"{ways} ways need {ways} classes, and there are {num_classes}: lower the ways, or give this "
+      "split more classes, as with the arguments test and validation of few_shot.split and "
+      "from_folder"
     )
   starts, sizes = np.asarray(classes.starts), np.asarray(classes.sizes)
   end = num_examples(classes.inputs)
