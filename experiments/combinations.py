@@ -171,7 +171,7 @@ def program(options: cli.Run, curves: Curves, recipe: Recipe) -> Callable[[], An
       raise ValueError(f"{out} holds no run to draw: train first, without --plot_only")
     return partial(draw, there, out / "figure3")
   runs.check_all([one for of_seeds in by_curve.values() for one in of_seeds])
-  folder = runs.open_folder(recipe, out, without=_DECIDED)
+  folder = runs.open_folder(recipe, out, without=_DECIDED, free=runs.COST)
   folder.check_seeds(options.seeds, all_of_them=set(curves.curves) == set(CURVES))
   folder.begin("a run of each curve and seed")
   return folders.locked(out, partial(run, recipe, by_curve, folder, options.seeds))

@@ -334,7 +334,7 @@ def program(options: cli.Run, settings: Measurement) -> Callable[[], Any]:
   """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   if options.plot_only:
-    return partial(draw, folders.finished(out), out)
+    return partial(draw, folders.finished(out, "coefficients"), out)
   folder = folders.RunFolder(out, values_of(settings, Measurement))
   folder.begin("sine waves, drawn from the seed")
   return folders.locked(out, partial(run, settings, folder))

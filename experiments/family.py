@@ -315,7 +315,7 @@ def program(options: cli.Run, family: Family) -> Callable[[], Any]:
   """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   if options.plot_only:
-    return partial(draw, folders.finished(out), out / "family")
+    return partial(draw, folders.finished(out, "wave_steps"), out / "family")
   by_method = runs_of(family, options.seeds, out)
   runs.check_all([one for of_seeds in by_method.values() for one in of_seeds])
   kept = {"meta_steps": family.meta_steps, "wave_steps": family.wave_steps, "seed": family.seed}

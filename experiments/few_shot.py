@@ -35,7 +35,8 @@ class Choice(Settings):
   judge: Literal["newest", "best"] | None = option(
     None,
     "Trains nothing: judges a checkpoint of --out, which need not be complete, by the given "
-    "--eval flags. What is found is written to OUT/judged.",
+    "--eval flags. What is found is written to OUT/judged, or for several seeds to the folder "
+    "judged of each.",
   )
 
 
@@ -51,6 +52,7 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
     logs = folders.logs_of_seeds(out) or [folders.logged(out)]
     return partial(plots.draw_learning_curve, logs, picture)
   folder = runs.open_folder(recipe, out)
+  folder.check_seeds(run_options.seeds)
   if run_options.seeds == 1:
     result = runs.complete(recipe, folder)
     if result is not None:
@@ -66,6 +68,7 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
     mean = lambda key: round(sum(result[key] for result in results) / len(results), 3)
     whole = {
       **results[0],
+      "seeds": len(results),
       "cells": plots.cells_over_seeds(results),
       "train_seconds": mean("train_seconds"),
       "meta_steps_per_second": mean("meta_steps_per_second"),
@@ -83,7 +86,10 @@ def _judge_all(recipe: Recipe, which: str, out: Path) -> None:
   paths = [path.parent for path in seeds] or [out]
   recipes = [replace(recipe, seed=int(path.name[4:])) for path in paths] if seeds else [recipe]
   results = [runs.judge_again(one, which, path) for one, path in zip(recipes, paths, strict=True)]
-  report(recipe, {**results[0], "cells": plots.cells_over_seeds(results)}, out / "judged")
+  steps = sorted({result["meta_steps"] for result in results})
+  meta_steps = " or ".join(map(str, steps))  # each seed has its own checkpoints
+  whole = {**results[0], "cells": plots.cells_over_seeds(results), "meta_steps": meta_steps}
+  report(recipe, whole, out / ("seed*/judged" if seeds else "judged"))
 
 
 def report(recipe: Recipe, result: Line, out: Path) -> None:

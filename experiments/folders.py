@@ -186,16 +186,23 @@ def read_lines(folder: Path, name: str = METRICS) -> list[Line]:
   return [_parsed(path, line) for line in lines if line.endswith("\n")]
 
 
-def finished(out: str | os.PathLike) -> Line:
+def finished(out: str | os.PathLike, holding: str | None = None) -> Line:
   """The result.json of a complete run.
 
+  Args:
+    out: the folder of the run.
+    holding: a name that the results of the experiment contain, and those of others do not.
+
   Raises:
-    ValueError: if there is none.
+    ValueError: if there is no result, or it is of another experiment.
   """
   path = Path(out, "result.json")
   if not path.exists():
     raise ValueError(f"{out} holds no complete run to draw: train it first, without --plot_only")
-  return _parsed(path, path.read_text())
+  result = _parsed(path, path.read_text())
+  if holding is not None and holding not in result:
+    raise ValueError(f"{out} holds a run of another experiment: give the --out of one of this kind")
+  return result
 
 
 def _parsed(path: Path, text: str) -> Line:

@@ -202,13 +202,13 @@ def program(options: cli.Run, panels: Panels, recipe: Recipe) -> Callable[[], An
   out = Path(options.out or "")
   found = points(recipe, panels, options.seeds, out)
   if options.plot_only:
-    result = folders.finished(out)
+    result = folders.finished(out, "points")
     shown = [point for point in result["points"] if point["panel"] in panels.panels]
     if not shown:
       raise ValueError(f"{out} has no points of --panels={','.join(panels.panels)} yet")
     return partial(draw, result | {"points": shown}, out / "figure4")
   runs.check_all([one for point in found for one in point.runs])
-  folder = runs.open_folder(recipe, out, without=_DECIDED)
+  folder = runs.open_folder(recipe, out, without=_DECIDED, free=runs.COST)
   folder.check_seeds(options.seeds, all_of_them=set(panels.panels) == set(PANELS))
   folder.begin("a run of each point and seed")
   return folders.locked(out, partial(run, recipe, panels, found, folder, options.seeds))

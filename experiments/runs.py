@@ -25,7 +25,8 @@ LEARNER, BEST_LEARNER = "learner.safetensors", "best_learner.safetensors"
 _LONG = 10_000  # meta-steps; before a longer run, the network is shown
 _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there are more
 _PATHS = ("data_dir", "cache_dir", "track")  # not kept with a run: another machine has others
-_FREE = ("eval_tasks", *(setting.name for setting in fields(Cost)))  # may differ on resuming
+COST = tuple(setting.name for setting in fields(Cost))
+_FREE = ("eval_tasks", *COST)  # may differ on resuming
 
 
 def open_folder(

@@ -285,7 +285,7 @@ def program(options: cli.Run, waves: Waves) -> Callable[[], Any]:
   """Checks the flags, and returns the function that runs the experiment."""
   out = Path(options.out or "")
   if options.plot_only:
-    return partial(draw, folders.finished(out), out / "figure1")
+    return partial(draw, folders.finished(out, "figure1"), out / "figure1")
   folder = folders.RunFolder(out, values_of(waves, Waves))
   folder.check_seeds(options.seeds)
   folder.begin(_CONDITION)

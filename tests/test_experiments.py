@@ -231,7 +231,8 @@ def test_the_runs_of_all_seeds_are_judged_again(tmp_path, glyphs, one_device, ca
   with pytest.raises(ValueError, match="has no best checkpoint yet"):  # nothing to choose it by
     few_shots(recipe, judge="best", out=str(tmp_path))
   few_shots(replace(recipe, eval_tasks=9), judge="newest", out=str(tmp_path))
-  assert "accuracy over 9 test tasks" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "accuracy over 9 test tasks" in printed and f"see {tmp_path}/seed*/judged" in printed
   for seed in (3, 4):
     judged = folders.finished(tmp_path / f"seed{seed}" / "judged" / "step2")
     assert {cell["tasks"] for cell in judged["cells"].values()} == {9}
@@ -502,6 +503,8 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs, capsys):
   assert cell["accuracy"] == pytest.approx(np.mean(values), abs=1e-6)
   assert cell["deviation_between_seeds"] == pytest.approx(np.std(values, ddof=1), abs=1e-6)
   assert cell["seeds"] == 2
+  with pytest.raises(ValueError, match="holds a result of 2 seeds, which one of 1 would replace"):
+    few_shots(tiny(seed=3, **short), out=str(out), seeds=1)
 
   picture = out / "learning_curve.png"
   picture.unlink()

@@ -44,7 +44,24 @@ def test_combinations_draw_figure_3(tmp_path, glyphs, one_device):
   drawn()  # all that is there, though neither seeds nor curves are given again
   with pytest.raises(ValueError, match="then --ways=3; now --ways=4"):
     execute(combinations, curves, replace(recipe, ways=4), out=out)
+  with pytest.raises(ValueError, match="then --eval_tasks=4; now --eval_tasks=5"):
+    execute(combinations, curves, replace(recipe, eval_tasks=5), out=out, seeds=2)
   assert (tmp_path / "figure3.png").exists() and (tmp_path / "figure3.svg").exists()
+
+
+@pytest.mark.parametrize(
+  ("module", "settings"),
+  [
+    (overlap, (Panels(), overlap.FIGURE)),
+    (family, (family.Family(),)),
+    (expansions, (expansions.Measurement(),)),
+    (sine, (sine.Waves(),)),
+  ],
+)
+def test_the_result_of_another_experiment_is_not_drawn(module, settings, tmp_path):
+  (tmp_path / "result.json").write_text(json.dumps({"cells": {}, "versions": {}}))
+  with pytest.raises(ValueError, match="holds a run of another experiment: give the --out"):
+    execute(module, *settings, out=str(tmp_path), plot_only=True)
 
 
 def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
