@@ -173,7 +173,7 @@ def extrapolations() -> Iterator[str]:
     whole = results[-1][1]["cells"] if len(shorter) < len(results) else {}
     hours = f"{length / result['meta_steps_per_second'] / 3600:.1f}"
     for cell, in_paper in of_paper.items():
-      found = extrapolated(folders.read_lines(path), cell, length)
+      found = extrapolated(folders.read_lines(path), cell, length, result["cells"][cell])
       if found is None:
         continue
       middle, low, high = found
@@ -217,13 +217,21 @@ _FEWEST = 6  # points of a curve to which three numbers are fitted
 
 
 def extrapolated(
-  lines: Sequence[folders.Line], cell: str, length: int
+  lines: Sequence[folders.Line], cell: str, length: int, at_end: folders.Line
 ) -> tuple[float, float, float] | None:
   """The accuracy in percent that a learning curve leads to, and the 95 % interval of the fit.
 
   The error rate on test tasks is fitted by a + b t^-c, with a and b not negative, by least squares.
-  The interval is of 1,000 fits to curves with noise like that of the points. It says how well the
-  points determine the curve, and not whether the curve has this form.
+  All points of a curve are of the same few tasks, which may be easier or harder than others: the
+  curve is shifted so that it ends at the accuracy on all test tasks. The interval is of 1,000 fits
+  to curves with noise like that of the points. It says how well the points determine the curve, and
+  not whether the curve has this form.
+
+  Args:
+    lines: of the learning curve.
+    cell: the name of the accuracy in them.
+    length: the meta-steps at which the accuracy is wanted.
+    at_end: the accuracy on all test tasks after the last of the lines, and its interval.
 
   Returns:
     The median and the two limits; None if there are fewer than six points.
@@ -233,10 +241,12 @@ def extrapolated(
     return None
   steps = np.array([step for step, _ in points]) / length
   errors = np.array([1 - found["accuracy"] for _, found in points])
+  errors = np.maximum(errors - errors[-1] + 1 - at_end["accuracy"], 0)
   noise = np.array([found["interval95"] / 1.96 for _, found in points])
   noise = np.maximum(noise, np.median(noise))  # points with no error at all are not without noise
   rng = np.random.default_rng(0)
   curves = errors + noise * rng.normal(size=(1_000, len(points)))
+  curves += at_end["interval95"] / 1.96 * rng.normal(size=(1_000, 1))
   best, ends = np.full(len(curves), np.inf), np.zeros(len(curves))
   for c in np.linspace(0.1, 2.0, 39):
     power = steps**-c

@@ -96,7 +96,11 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
     graph, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
     params, keys, rest = states
     if jax.tree.leaves(keys):
-      raise ValueError(f"{_NO_DROPOUT}, without rngs")
+      raise ValueError(
+        "a model draws no random numbers, and this NNX module keeps a key for them: make its "
+        "dropout without rngs, as nnx.Dropout(rate, deterministic=True), and train with a loss "
+        "(params, batch, key) that gives it rngs"
+      )
     if jax.tree.leaves(rest):
       names = ", ".join(".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
       raise ValueError(
