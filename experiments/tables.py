@@ -359,7 +359,7 @@ def differences() -> Iterator[str]:
 # What distinguishes the runs of g2 and g1 + g2, and where they are.
 TWO_STEPS = {
   "40,000 steps, outer step 0.25 to 0": "combinations",
-  "10,000 steps, 0.25 to 0": "combinations_10000",
+  "10,000 steps, 0.25 to 0": "two_steps_10000",
   "10,000 steps, 0.25 throughout": "two_steps_constant",
 }
 
