@@ -35,9 +35,7 @@ class Sums(NamedTuple):
 
   meta_steps: int = 0
   totals: dict[str, Any] = {}  # noqa: RUF012, never changed; by name, each like the array of a step
-  skipped: float = (
-    0.0  # the fractions of tasks that were skipped, which count as zeros in the totals
-  )
+  skipped: float = 0.0  # fractions of tasks that were skipped; they add zeros to the totals
 
   def add(self, infos: Info) -> "Sums":
     """Adds those of n more meta-steps, `[n, k, ...]`."""
