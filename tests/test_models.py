@@ -369,7 +369,7 @@ def test_dropout_is_refused(make):
   """Its mask would be the same in all steps, all tasks and when predicting."""
   model = make()
   with pytest.raises(
-    ValueError, match="has dropout: make it deterministic here|dropout without rngs"
+    ValueError, match=r"has dropout: make it deterministic here|dropout without rngs"
   ):
     model.apply(model.init(jax.random.key(0)), jnp.ones((2, 6)))
 
