@@ -159,10 +159,10 @@ def _by_length(recipe: str) -> list[Path]:
 def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
-    "| recipe | cell | measured | full length, extrapolated | full length, measured | the paper | "
-    "hours here |"
+    "| recipe | cell | measured | full length, extrapolated | full length, measured | "
+    "its whole curve, fitted | the paper | hours here |"
   )
-  yield "|---" * 7 + "|"
+  yield "|---" * 8 + "|"
   for recipe, of_paper in PAPER.items():
     length = PRESETS[recipe].meta_steps
     results = [(path, folders.finished(path)) for path in _by_length(recipe)]
@@ -170,18 +170,24 @@ def extrapolations() -> Iterator[str]:
     if not shorter:
       continue
     path, result = shorter[-1]
-    whole = results[-1][1]["cells"] if len(shorter) < len(results) else {}
+    longest_path, whole = results[-1]
+    full = whole["cells"] if len(shorter) < len(results) else {}
     hours = f"{length / result['meta_steps_per_second'] / 3600:.1f}"
     for cell, in_paper in of_paper.items():
       found = extrapolated(folders.read_lines(path), cell, length, result["cells"][cell])
       if found is None:
         continue
-      middle, low, high = found
       ours = f"{100 * result['cells'][cell]['accuracy']:.2f} ({result['meta_steps']:,})"
-      beyond = f"{middle:.1f} ({low:.1f} to {high:.1f})"
-      there = _percent(whole[cell]) if cell in whole else ""
-      shown = [recipe, cell, ours, beyond, there, _of_paper(in_paper), hours]
+      there, again = "", ""
+      if cell in full:
+        there = _percent(full[cell])
+        again = _fitted(extrapolated(folders.read_lines(longest_path), cell, length, full[cell]))
+      shown = [recipe, cell, ours, _fitted(found), there, again, _of_paper(in_paper), hours]
       yield f"| {' | '.join(shown)} |"
+
+
+def _fitted(found: tuple[float, float, float] | None) -> str:
+  return "" if found is None else "{:.1f} ({:.1f} to {:.1f})".format(*found)
 
 
 def lengths() -> Iterator[str]:

@@ -272,6 +272,7 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
 
 
 def _forward_over_reverse(loss_fn: Callable[[Params, Any], Any]) -> Callable[[Params, Any], Any]:
+  """The same for a loss with metrics that closes over nothing traced: all else is an argument."""
   differentiated = jax.value_and_grad(loss_fn, has_aux=True)
 
   @jax.custom_vjp

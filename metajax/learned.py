@@ -193,7 +193,8 @@ def save(
   if not all_finite(params):
     raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
   arrays = {**_named(params, "params"), **_named(inner_state, "inner")}
-  if not _alike(params, jax.eval_shape(model.init, jax.random.key(0))):
+  shapes = lambda tree: {name: np.shape(leaf) for name, leaf in _named(tree).items()}
+  if shapes(params) != shapes(jax.eval_shape(model.init, jax.random.key(0))):
     raise ValueError(
       "the learner's parameters are not those of this model: give the model that it was trained "
       "with; a learner that also learns something else, such as Meta-SGD, cannot be saved"
@@ -227,12 +228,13 @@ def _check_adapts_as(
   outputs: tuple[int, ...],
 ) -> None:
   """Checks that the recipe adapts as the learner does, to any labels of inputs like the example."""
-  n, least = num_examples(example_inputs), 4  # of one example, a sum is a mean
+  given = num_examples(example_inputs)
+  n = max(given, 4)  # of one example, the sum is the mean
   example_inputs = jax.tree.map(
-    lambda leaf: np.stack([np.roll(leaf[row % n], row // n) for row in range(max(n, least))]),
+    lambda leaf: np.stack([np.roll(leaf[row % given], row // given) for row in range(n)]),
     example_inputs,
   )
-  n, outputs = max(n, least), (max(n, least), *outputs[1:])
+  outputs = n, *outputs[1:]
   if recipe.loss["name"] == "squared_error":
     targets = np.zeros(outputs, np.float32)
   else:
@@ -264,12 +266,6 @@ def _check_adapts_as(
       "frozen and model; a learner that adapts in another way than by plain inner steps cannot be "
       "saved"
     )
-
-
-def _alike(params: Params, like: Any) -> bool:
-  """Whether two trees of parameters have the same names and shapes."""
-  shapes = [{k: np.shape(leaf) for k, leaf in _named(tree).items()} for tree in (params, like)]
-  return shapes[0] == shapes[1]
 
 
 def _fetched(learner: MetaLearner, state: MetaState) -> tuple[Params, InnerState]:

@@ -38,8 +38,7 @@ class Sums(NamedTuple):
   skipped: float = 0.0  # fractions of tasks that were skipped; they add zeros to the totals
 
   def add(self, infos: Info) -> "Sums":
-    """Adds those of n more meta-steps, `[n, k, ...]`."""
-    infos = jax.device_get(infos)
+    """Adds those of n more meta-steps, NumPy arrays `[n, k, ...]`."""
     values = {"losses": infos.losses, **(infos.metrics or {})}
     more = {name: array.astype(np.float64).sum(axis=0) for name, array in values.items()}
     totals = {
@@ -180,12 +179,12 @@ def train(
       with jax.transfer_guard("disallow"):  # everything stays on the device, sampling included
         state, infos, finite = jax.block_until_ready(programs[steps](state, key))
       seconds += time.perf_counter() - start
-      new_losses = np.asarray(infos.losses)
+      infos = jax.device_get(infos)
       if not finite:
         kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
-        diverged = step + _diverging_step(new_losses)
+        diverged = step + _diverging_step(infos.losses)
         advice = "lower the inner or the outer rate"
-        if diverged == 1 and not np.isfinite(new_losses[0, 0]):
+        if diverged == 1 and not np.isfinite(infos.losses[0, 0]):
           advice = (
             "its first loss is not finite, so see that inputs are, and that labels are from 0 to "
             "the number of the network's outputs - 1"
@@ -208,7 +207,9 @@ def train(
             "their gradients are not finite: nothing was learned. Lower the inner rate",
             stacklevel=2,
           )
-        record = Record(step, copied(state), losses, means, seconds, False, skipped)
+        record = Record(
+          step, copied(state), losses, means, seconds, restored=False, skipped=skipped
+        )
         sums = Sums()
         with _paused(bar):
           score = report(record)

@@ -506,6 +506,15 @@ def test_mini_imagenet_says_what_is_missing(tmp_path, mini):
   refused(lambda: mini_imagenet.load(mini), "has no test images")
 
 
+def test_half_of_a_division_is_refused(tmp_path):
+  """With train and val only, a folder would be classes of folders."""
+  for part in ("train", "val"):
+    (tmp_path / part / "a").mkdir(parents=True)
+    (tmp_path / part / "a" / "0.jpg").write_bytes(jpeg(np.random.default_rng(0), (8, 8)))
+  read = lambda: metajax.data.from_folder(tmp_path, size=8, cache_dir=tmp_path / "cache")
+  refused(read, "divided into parts, they are train, test and, if you like, val")
+
+
 def test_class_folders_without_images_are_refused(tmp_path):
   for split in ("train", "test"):
     (tmp_path / split / split).mkdir(parents=True)
