@@ -110,7 +110,7 @@ def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable
 
   Returns:
     `(state, key, split, num_tasks, log=None) -> {cell: accuracies [num_tasks]}`. With the name of a
-    log in the folder, what is in the log is not computed again, and a request to stop is obeyed.
+    log in the folder, what is in the log is not computed again.
   """
   judges = {
     (split, shots): metajax.judge(*evaluation, experiment.mesh, tasks_per_call=TASKS_PER_CALL)
@@ -131,7 +131,7 @@ def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable
         for first in range(0, num_tasks, TASKS_PER_CALL):
           part = done.get((shots, first))
           if part is None:
-            if log and jobs.stopping():
+            if jobs.stopping():
               raise jobs.StoppedError(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"

@@ -38,7 +38,12 @@ class Saved(NamedTuple):
 
 class Save(Protocol):
   def __call__(
-    self, state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
+    self,
+    state: MetaState,
+    extra: dict[str, Any] | None = None,
+    *,
+    score: float | None = None,
+    replace: bool = False,
   ) -> None: ...
 
 
@@ -46,9 +51,10 @@ class Checkpoints(NamedTuple):
   """The checkpoints in a folder. Used in a `with` statement, it closes itself at the end.
 
   Attributes:
-    save: `(state, extra=None, *, score=None) -> None` saves a state under its own step, completely
-      or not at all. It returns before everything is written, and the state may be donated then.
-      `extra` is anything that JSON can hold. A checkpoint without a score is never the best.
+    save: `(state, extra=None, *, score=None, replace=False) -> None` saves a state under its own
+      step, completely or not at all. It returns before everything is written, and the state may be
+      donated then. `extra` is anything that JSON can hold. A checkpoint without a score is never
+      the best. With `replace`, there may be a checkpoint of this step, which is removed first.
       Raises OSError if this checkpoint or the one before cannot be written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
@@ -117,7 +123,11 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     damaged.clear()
 
   def save(
-    state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
+    state: MetaState,
+    extra: dict[str, Any] | None = None,
+    *,
+    score: float | None = None,
+    replace: bool = False,
   ) -> None:
     nonlocal saving
     step, copy = int(state.step), copied(state)
@@ -137,7 +147,10 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         clean()
         saving = True
       if step in manager.all_steps():
-        raise FileExistsError(f"there is a checkpoint of step {step} already")
+        if not replace:
+          raise FileExistsError(f"there is a checkpoint of step {step} already")
+        manager.wait_until_finished()
+        manager.delete(step)
       if score is not None:
         scores[step] = score
       with _STARTING:

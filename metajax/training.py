@@ -114,7 +114,9 @@ def train(
     key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
-      It may return a score: the state with the highest score is kept, besides the newest ones.
+      It may return a score: the state with the highest score is kept, besides the newest ones. If
+      it takes long, it may raise `StoppedError`: the state is saved, and when the run goes on, it
+      is given the same record again.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
@@ -128,7 +130,7 @@ def train(
   Raises:
     ValueError: if a number is below 1, no checkpoint of the folder can be restored, or they are of
       a run with another key or more meta-steps.
-    StoppedError: if `should_stop` says so. With a folder, the state is saved first.
+    StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
     OSError: if a checkpoint cannot be written; those before are kept.
   """
@@ -154,20 +156,51 @@ def train(
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
       _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
     step = last_saved = int(state.step)
+
+    def stopped() -> StoppedError:
+      if saved and step > last_saved:
+        saved.save(state, {"seconds": seconds, "sums": sums, **extra})
+      kept = f", which is saved in {folder}" if saved and step else ""
+      return StoppedError(f"stopped at meta-step {step}{kept}")
+
+    def reported(record: Record) -> float | None:
+      try:
+        return report(record)
+      except StoppedError:  # it is made anew when the run goes on
+        raise stopped() from None
+
     # Every record has a copy of the state, since the next meta-step uses the memory of this one.
     record = Record(step, copied(state), [], {}, seconds, restored=found is not None)
-    report(record)
+    reported(record)
 
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     if found is not None and not bar.disable:
       rest = ", the last one: nothing is left to train" if step == num_steps else ""
       bar.write(f"going on from meta-step {step} of {folder}{rest}")
-    while step < num_steps:
+    while True:
+      if sums.meta_steps and (step == num_steps or step % report_every == 0):
+        means, skipped = sums.means(), sums.skipped / sums.meta_steps
+        losses = means.pop("losses")
+        if skipped == 1:
+          warnings.warn(
+            f"all tasks of meta-steps {step - sums.meta_steps + 1} to {step} were skipped, because "
+            "their gradients are not finite: nothing was learned. Lower the inner rate",
+            stacklevel=2,
+          )
+        record = Record(
+          step, copied(state), losses, means, seconds, restored=False, skipped=skipped
+        )
+        with _paused(bar):
+          score = reported(record)
+          sums = Sums()
+          if saved:
+            stopped_here = step == last_saved  # as this report was made before
+            saved.save(state, {"seconds": seconds, **extra}, score=score, replace=stopped_here)
+            last_saved = step
+      if step == num_steps:
+        return record
       if should_stop():
-        if saved and step > last_saved:
-          saved.save(state, {"seconds": seconds, "sums": sums, **extra})
-        kept = f", which is saved in {folder}" if saved and step else ""
-        raise StoppedError(f"stopped at meta-step {step}{kept}")
+        raise stopped()
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)
       if steps not in programs:
@@ -198,25 +231,6 @@ def train(
       bar.update(steps)
       new = Sums().add(infos)
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
-      if steps == until_report:
-        means, skipped = sums.means(), sums.skipped / sums.meta_steps
-        losses = means.pop("losses")
-        if skipped == 1:
-          warnings.warn(
-            f"all tasks of meta-steps {step - sums.meta_steps + 1} to {step} were skipped, because "
-            "their gradients are not finite: nothing was learned. Lower the inner rate",
-            stacklevel=2,
-          )
-        record = Record(
-          step, copied(state), losses, means, seconds, restored=False, skipped=skipped
-        )
-        sums = Sums()
-        with _paused(bar):
-          score = report(record)
-          if saved:
-            saved.save(state, {"seconds": seconds, **extra}, score=score)
-            last_saved = step
-  return record
 
 
 def _check_goes_on(found: Any, key: list[Any], num_steps: int, folder: Any) -> None:

@@ -134,7 +134,11 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(
   execute(tiny(**long), tmp_path / "whole")
   out, asked = tmp_path / "stopped", iter([])
   monkeypatch.setattr(jobs, "stopping", lambda: next(asked, False))
-  places = (2, "at meta-step 2, which is saved in"), (4, "at 1-shot test task 50 of")
+  places = (
+    (4, "at meta-step 2, which is saved in"),  # the report at the start asks twice
+    (2, "at meta-step 3, which is saved in"),  # in the middle of its report
+    (7, "at 1-shot test task 50 of"),
+  )
   for calls_before, where in places:
     asked = iter([*[False] * calls_before, True])
     with pytest.raises(jobs.StoppedError, match=where):

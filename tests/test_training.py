@@ -1,5 +1,6 @@
 """The library's own training loop, as a user's program calls it."""
 
+import functools
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from tqdm import tqdm
 import metajax
 from experiments import jobs
 from metajax import programs, training
+from metajax.checkpoint import checkpoints
 from tests import problems
 
 POOL = problems.examples(3, 40)
@@ -101,6 +103,30 @@ def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
   again = train(folder=tmp_path / "whole")
   assert again.restored and again.step == 7 and again.seconds > 0
   equal(again.state, whole.state)
+
+
+@pytest.mark.parametrize("step", [0, 6, 7])
+def test_a_report_that_stops_the_run_is_made_again(step, tmp_path):
+  made = {name: [] for name in ("whole", "stopped")}
+
+  def report(name, stop, record):
+    if record.step == step and not record.restored and stop:
+      raise training.StoppedError("in the middle of a report")
+    if not record.restored:
+      made[name].append((record.step, record.losses, record.state))
+    return -abs(record.step - step)
+
+  train(folder=tmp_path / "whole", report=functools.partial(report, "whole", False))
+  kept = f", which is saved in {tmp_path}" if step else "$"
+  with pytest.raises(training.StoppedError, match=f"^stopped at meta-step {step}{kept}"):
+    train(folder=tmp_path / "stopped", report=functools.partial(report, "stopped", True))
+  train(folder=tmp_path / "stopped", report=functools.partial(report, "stopped", False))
+  assert [number for number, *_ in made["whole"]] == [0, 3, 6, 7]
+  equal(made["stopped"], made["whole"])
+  for name in made:
+    with checkpoints(tmp_path / name) as saved:
+      assert int(saved.best(START).state.step) == max(step, 3)
+      assert saved.restore(START).extra["seconds"] > 0
 
 
 def test_another_run_is_not_taken_for_this_one(tmp_path, capsys):
