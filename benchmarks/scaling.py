@@ -175,6 +175,7 @@ def main(argv: list[str]) -> None:
   print(f"{versions}; {FLAGS.tflops:g} TFLOP/s a device, {FLAGS.latency_us:g} us a message\n")
   print(markdown(rows))
   if FLAGS.out:
+    Path(FLAGS.out).parent.mkdir(parents=True, exist_ok=True)
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(row | machine) + "\n" for row in rows)
 

@@ -129,6 +129,7 @@ def main(argv: list[str]) -> None:
   )
   print(markdown(records, baseline))
   if FLAGS.out:  # after printing, so that a failure to write loses no results
+    Path(FLAGS.out).parent.mkdir(parents=True, exist_ok=True)
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(line) + "\n" for line in records)
   if FLAGS.plots:
@@ -205,16 +206,19 @@ def markdown(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> s
 def draw(records: list[dict[str, Any]], folder: Path) -> None:
   """Plots time against k, time against the number of tasks, and memory against k.
 
-  Each plot has one line for each combination of the other settings that vary.
+  What does not vary is not drawn against. Each plot has one line for each combination of the other
+  settings that vary.
   """
   folder.mkdir(parents=True, exist_ok=True)
+  varied = [field for field in Case._fields if len({row[field] for row in records}) > 1]
   for name, x, y, label, unit in (
     ("time_against_inner_steps", "inner_steps", "run", "time of a meta-step (ms)", 1e3),
     ("time_against_tasks", "meta_batch", "run", "time of a meta-step (ms)", 1e3),
     ("memory_against_inner_steps", "inner_steps", "temporary_bytes", "temporary memory (MB)", 1e-6),
   ):
     lines: dict[str, list[tuple[float, float]]] = {}
-    varied = [field for field in Case._fields if len({row[field] for row in records}) > 1]
+    if x not in varied:
+      continue
     for row in records:
       named = [
         f"{row[field]}" if isinstance(row[field], str) else f"{field} {row[field]}"

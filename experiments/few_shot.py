@@ -109,6 +109,8 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
 def implied(given: dict[str, Any]) -> list[str]:
   """The flags of --recipe; with --judge, those that the run was trained with."""
   if given.get("judge"):
+    if given.keys() & {"recipe", "seeds"}:
+      raise ValueError("--judge reads how a run was trained: leave out --recipe and --seeds")
     flags = Path(given.get("out", ""), "flags.txt").expanduser()
     if not flags.is_file():
       raise ValueError("--judge judges a run: give its folder as --out")

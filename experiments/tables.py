@@ -159,8 +159,8 @@ def _by_length(recipe: str) -> list[Path]:
 def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
-    "| recipe | cell | measured | full length, extrapolated | full length, measured | "
-    "its whole curve, fitted | the paper | hours here |"
+        "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
+    "full length, measured | end of the fit to it | the paper | hours here |"
   )
   yield "|---" * 8 + "|"
   for recipe, of_paper in PAPER.items():

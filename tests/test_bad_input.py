@@ -226,15 +226,25 @@ LINES = [
     "--weights=1",
     "combinations: --weights is set by this experiment and cannot be overridden: remove it",
   ),
+  (
+    "family",
+    "--chunk=1",
+    "family: --chunk is set by this experiment and cannot be overridden: remove it",
+  ),
+  (
+    "few_shot",
+    "--judge=best --seeds=2",
+    "few_shot: --judge reads how a run was trained: leave out --recipe and --seeds",
+  ),
   ("few_shot", "--judge=best", "few_shot: --judge judges a run: give its folder as --out"),
 ]
 
 
 @pytest.mark.parametrize(("module", "bad", "line"), LINES)
 def test_a_binary_ends_with_one_line(module, bad, line, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(sys, "argv", [f"{module}.py", f"--out={tmp_path / 'run'}", bad])
+  monkeypatch.setattr(sys, "argv", [f"{module}.py", f"--out={tmp_path / 'run'}", *bad.split()])
   monkeypatch.setattr(metajax, "cores_as_devices", lambda: None)  # the tests' backend is there
-  monkeypatch.delitem(sys.modules, f"experiments.{module}")  # or running it again is warned of
+  monkeypatch.delitem(sys.modules, f"experiments.{module}", raising=False)  # or it warns of that
   with pytest.raises(SystemExit) as ended:
     runpy.run_module(f"experiments.{module}", run_name="__main__", alter_sys=True)
   assert ended.value.code == 1
