@@ -31,6 +31,8 @@ flags.DEFINE_list("peers", [], "Peers to run; by default all that support the wo
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
+  if "evaluation" in FLAGS.algorithms:
+    sys.exit("peers: --algorithms=evaluation has no gradient to compare: use wall_clock")
   os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that compiling is measured
   try:
     from benchmarks import torch_peers

@@ -159,7 +159,7 @@ def _by_length(recipe: str) -> list[Path]:
 def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
-        "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
+    "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
     "full length, measured | end of the fit to it | the paper | hours here |"
   )
   yield "|---" * 8 + "|"

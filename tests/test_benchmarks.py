@@ -121,6 +121,12 @@ def test_peers_compute_the_same_gradient():
     assert all(float(row[-2]) < 1e-3 for row in rows)
 
 
+def test_peers_refuse_what_has_no_gradient():
+  done = run("peers", "--algorithms=maml,evaluation")
+  assert done.returncode == 1
+  assert done.stderr.startswith("peers: --algorithms=evaluation has no gradient to compare")
+
+
 WRONG_FLAGS = """
 import contextlib, io, json, sys
 from absl import app, flags
