@@ -56,8 +56,7 @@ def train(
     if record.restored:
       folder.keep(lambda line: line["step"] <= record.step)
       return None
-    if record.step == 0:
-      folder.keep(lambda line: False)
+    folder.keep(lambda line: line["step"] < record.step)  # if this report was interrupted
     line: Line = {"step": record.step, "seconds": round(record.seconds, 3)}
     if record.losses:
       line["losses"] = record.losses

@@ -8,6 +8,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,23 +28,26 @@ from metajax.programs import copied
 # Orbax numbers the saves of a process, and reads the latest number again and again as it starts
 # one: of two that start together in two threads, one would wait for signals that never come.
 _STARTING = threading.Lock()
+_SCORES = "scores.json"
 
 
 class Saved(NamedTuple):
-  """A restored state, and the extra values that were saved with it."""
+  """A restored state.
+
+  Attributes:
+    state: the state.
+    extra: the extra values that were saved with it.
+    rated: whether `rate` was called for it.
+  """
 
   state: MetaState
   extra: dict[str, Any]
+  rated: bool = False
 
 
 class Save(Protocol):
   def __call__(
-    self,
-    state: MetaState,
-    extra: dict[str, Any] | None = None,
-    *,
-    score: float | None = None,
-    replace: bool = False,
+    self, state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
   ) -> None: ...
 
 
@@ -51,11 +55,12 @@ class Checkpoints(NamedTuple):
   """The checkpoints in a folder. Used in a `with` statement, it closes itself at the end.
 
   Attributes:
-    save: `(state, extra=None, *, score=None, replace=False) -> None` saves a state under its own
-      step, completely or not at all. It returns before everything is written, and the state may be
-      donated then. `extra` is anything that JSON can hold. A checkpoint without a score is never
-      the best. With `replace`, there may be a checkpoint of this step, which is removed first.
+    save: `(state, extra=None, *, score=None) -> None` saves a state under its own step, completely
+      or not at all. It returns before everything is written, and the state may be donated then.
+      `extra` is anything that JSON can hold. A checkpoint without a score is never the best.
       Raises OSError if this checkpoint or the one before cannot be written.
+    rate: `(step, score) -> None` gives a saved checkpoint its score afterwards, or says with None
+      that it has none. Raises OSError if that cannot be written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
       checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
@@ -65,6 +70,7 @@ class Checkpoints(NamedTuple):
   """
 
   save: Save
+  rate: Callable[[int, float | None], None]
   restore: Callable[[MetaState], Saved | None]
   best: Callable[[MetaState], Saved | None]
   close: Callable[[], None]
@@ -91,6 +97,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   """
   checks.at_least_one(keep=keep)
   folder, scores = Path(folder).absolute(), dict[int, float]()
+  rated = _read_scores(folder)
   options = ocp.CheckpointManagerOptions(
     preservation_policy=_NewestAndBest(keep, scores), create=False
   )
@@ -112,6 +119,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       continue
     if score is not None:
       scores[step] = score
+  scores |= {step: score for step, score in rated.items() if score is not None}
 
   def clean() -> None:
     """Removes what an earlier process was writing when it ended, and what is damaged."""
@@ -123,15 +131,11 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     damaged.clear()
 
   def save(
-    state: MetaState,
-    extra: dict[str, Any] | None = None,
-    *,
-    score: float | None = None,
-    replace: bool = False,
+    state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
   ) -> None:
     nonlocal saving
     step, copy = int(state.step), copied(state)
-    score = float(score) if score is not None and math.isfinite(score) else None
+    score = _finite(score)
     try:
       beside_state = {"checksums": _checksums(state), "extra": extra or {}, "score": score}
       beside_state["leaves"] = _described(state)
@@ -147,10 +151,12 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         clean()
         saving = True
       if step in manager.all_steps():
-        if not replace:
-          raise FileExistsError(f"there is a checkpoint of step {step} already")
-        manager.wait_until_finished()
-        manager.delete(step)
+        raise FileExistsError(f"there is a checkpoint of step {step} already")
+      if any(other >= step for other in rated):  # of checkpoints that were damaged
+        for other in [other for other in rated if other >= step]:
+          scores.pop(other, None)
+          del rated[other]
+        _write_scores(folder, rated)
       if score is not None:
         scores[step] = score
       with _STARTING:
@@ -166,6 +172,17 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     except Exception as error:
       raise _unwritten(folder, error) from error
 
+  def rate(step: int, score: float | None) -> None:
+    rated[step] = score = _finite(score)
+    if score is None:
+      scores.pop(step, None)
+    else:
+      scores[step] = score
+    try:
+      _write_scores(folder, rated)
+    except OSError as error:
+      raise _unwritten(folder, error) from error
+
   def load(step: int, like: MetaState) -> Saved:
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     beside = content(step)
@@ -175,7 +192,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     ]
     if _checksums(found) != beside["checksums"]:
       raise ValueError("its numbers are not those that were saved")
-    return Saved(found, beside["extra"])
+    return Saved(found, beside["extra"], step in rated)
 
   def first_whole(steps: Iterable[int], like: MetaState) -> Saved | None:
     passed: dict[int, str] = {}
@@ -212,11 +229,31 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     try:
       manager.wait_until_finished()
     except Exception as error:
+      with suppress(Exception):  # the same again
+        manager.close()
       raise _unwritten(folder, error) from error
-    finally:
-      manager.close()
+    manager.close()
 
-  return Checkpoints(save, restore, best, close)
+  return Checkpoints(save, rate, restore, best, close)
+
+
+def _finite(score: float | None) -> float | None:
+  return float(score) if score is not None and math.isfinite(score) else None
+
+
+def _read_scores(folder: Path) -> dict[int, float | None]:
+  """What `rate` said of each step; nothing if the file is not there or damaged."""
+  try:
+    return {int(step): score for step, score in json.loads((folder / _SCORES).read_text()).items()}
+  except (OSError, ValueError, AttributeError):
+    return {}
+
+
+def _write_scores(folder: Path, rated: dict[int, float | None]) -> None:
+  if jax.process_index() == 0:
+    beside = folder / f"{_SCORES}.partial"
+    beside.write_text(json.dumps(rated))
+    beside.replace(folder / _SCORES)
 
 
 class _NewestAndBest(PreservationPolicy):
@@ -263,9 +300,10 @@ def _check_leaves(saved: dict[str, str] | None, expected: dict[str, str]) -> Non
   if saved is None or saved == expected:
     return
   name = next(n for n in {**expected, **saved} if saved.get(n) != expected.get(n))
+  devices = ", and on as many devices" if name.startswith("inner") else ""
   raise ValueError(
     f"its {name} is {saved.get(name, 'missing')}, and {expected.get(name, 'nothing')} is expected: "
-    "restore it with the model and the optimizers that it was saved with"
+    f"restore it with the model and the optimizers that it was saved with{devices}"
   )
 
 

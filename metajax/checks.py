@@ -6,6 +6,7 @@ Of traced values they read shapes and dtypes only, so that they cost nothing in 
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import chex
@@ -169,6 +170,8 @@ def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]
 
 def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
   """Whether the third parameter of a loss is a key, and whether it can do without."""
+  if isinstance(loss_fn, partial) and "key" in loss_fn.keywords:  # the user's own key
+    return ""
   try:
     parameters = list(inspect.signature(loss_fn).parameters.values())
   except (TypeError, ValueError):  # of some built-in functions
@@ -265,22 +268,38 @@ def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) ->
 
 
 def moves_everything(optimizer: optax.GradientTransformation, params: Params) -> None:
-  """Checks that the first update of the optimizer changes every parameter, for a gradient of 1."""
+  """Checks that one of the first two updates changes every parameter, for gradients of 1.
+
+  Rates that are traced count as 1.
+  """
   optimizer = optax.with_extra_args_support(optimizer)
   like = _abstract(params)
   extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
 
-  def update() -> Params:
+  def moved() -> Params:
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), like)
-    return optimizer.update(ones, optimizer.init(ones), ones, grad=ones, **extra)[0]
+    update = lambda state: optimizer.update(ones, state, ones, grad=ones, **extra)
+    first, state = update(optimizer.init(ones))
+    second, _ = update(state)  # a rate may begin at 0
+    return jax.tree.map(lambda a, b: jnp.any((a != 0) | (b != 0)), first, second)
 
   with jax.ensure_compile_time_eval():
-    for path, change in jax.tree_util.tree_leaves_with_path(jax.jit(update)()):
-      if not bool(jnp.any(change != 0)):
+    flat = jax.jit(_traced_as_ones(jax.make_jaxpr(moved)()))()
+    for (path, _), changes in zip(jax.tree_util.tree_leaves_with_path(like), flat, strict=True):
+      if not bool(changes):
         raise ValueError(
           "imaml solves for all parameters, and this inner optimizer leaves "
           f"{leaf_name(path)} as it is: use maml, or an optimizer that moves everything"
         )
+
+
+def _traced_as_ones(program: jax.extend.core.ClosedJaxpr) -> Callable[..., list[jax.Array]]:
+  """The program as a function of flat arguments, with ones for the traced values it closes over."""
+  known = [
+    jnp.ones(jnp.shape(const), const.dtype) if isinstance(const, jax.core.Tracer) else const
+    for const in program.consts
+  ]
+  return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(program.jaxpr, known))
 
 
 def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:
@@ -311,11 +330,7 @@ def twice_differentiable(optimizer: optax.GradientTransformation, params: Params
       raise ValueError(
         f"maml cannot differentiate through this inner optimizer: use optax.sgd ({error})"
       ) from error
-    known = [
-      jnp.ones(jnp.shape(const), const.dtype) if isinstance(const, jax.core.Tracer) else const
-      for const in program.consts
-    ]
-    flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(program.jaxpr, known))
+    flat = _traced_as_ones(program)
     # As dead units make them: every second entry is 0.
     leaves = [
       leaf * (jnp.arange(leaf.size) % 2).reshape(leaf.shape).astype(leaf.dtype)

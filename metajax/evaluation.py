@@ -120,14 +120,15 @@ def judge(
     evaluate_task, sample_task, metric, num_tasks=tasks_per_call, mesh=mesh, chunk=chunk
   )
   everywhere = NamedSharding(mesh, PartitionSpec())
-  programs: dict[Any, Callable[..., Any]] = {}  # by the structure and shapes of the state
+  programs: dict[Any, Callable[..., Any]] = {}  # by the structure, types and places of the state
 
   def judge_tasks(state: MetaState, key: PRNGKey, num_tasks: int, first: int = 0) -> Any:
     checks.at_least_one(num_tasks=num_tasks)
     state, key = on_mesh((state, key), mesh)
+    leaves = jax.tree.leaves((state, key))
     like = (
       jax.tree.structure(state),
-      *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)),
+      *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
     )
     if like not in programs:
       programs[like] = compiled(part, mesh, state, key, np.int32(0), out_shardings=everywhere)

@@ -20,6 +20,7 @@ from metajax.inner import (
   initial_state,
   inner_step,
   inner_update,
+  spoiled,
   turns,
 )
 from metajax.types import (
@@ -238,7 +239,7 @@ def combine(
 
 
 def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
-  """Skips tasks whose gradient, losses or inner state are not finite.
+  """Skips tasks whose gradient or losses are not finite, or which spoil the inner state so.
 
   Such a task counts as one with a gradient of zero and losses of zero, and what is carried stays as
   it was before. `Info.skipped` is the fraction of the tasks that were skipped.
@@ -248,7 +249,7 @@ def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
     params: Params, inner_state: InnerState, episode: Episode
   ) -> tuple[Params, InnerState, Info]:
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
-    finite = all_finite((gradient, after, info.losses))
+    finite = all_finite((gradient, info.losses)) & ~spoiled(after, inner_state)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     info = keep(info, zeros(info))._replace(skipped=1.0 - finite.astype(info.losses.dtype))

@@ -122,13 +122,22 @@ def end_task(optimizer: optax.GradientTransformation, learner: LearnerState) -> 
 
 
 def finite_or_before(after: InnerState, before: InnerState) -> InnerState:
-  """Returns the state after a task, or the state before it if that holds NaN or infinity.
+  """Returns the state after a task, or the state before it if the task `spoiled` it.
 
   Otherwise a task that blows up would leave NaN in a carried state for good, even if the outer
   optimizer skips its gradient, as `optax.apply_if_finite` does.
   """
-  finite = all_finite(after)
-  return jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+  lost = spoiled(after, before)
+  return jax.tree.map(lambda a, b: jnp.where(lost, b, a), after, before)
+
+
+def spoiled(after: InnerState, before: InnerState) -> jax.Array:
+  """Whether a task left NaN or infinity in a state where the state before had something else.
+
+  Some optimizers begin with infinity, as `optax.contrib.reduce_on_plateau` does.
+  """
+  kept = jax.tree.map(lambda a, b: (jnp.isfinite(a) | (a == b)).all(), after, before)
+  return ~jax.tree.reduce(jnp.logical_and, kept, jnp.bool_(True))
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
@@ -155,7 +157,8 @@ def save(
   Raises:
     ValueError: if an argument has the wrong type or an unknown name, the parameters are not finite
       or do not fit the model, `frozen` names no parameter, or the file would not adapt as the
-      learner does. Nothing is written then.
+      learner does. Nothing is written then. A warning says so if the two cannot be compared, since
+      the learner's loss takes a key.
     OSError: if the file cannot be written.
   """
   path, example_inputs = Path(path), _arrays(example_inputs)
@@ -200,7 +203,7 @@ def save(
       "with; a learner that also learns something else, such as Meta-SGD, cannot be saved"
     )
   for part in frozen:
-    if not any(part in name for name in arrays if name.startswith("params/")):
+    if not any(part in name for name in _named(params)):
       raise ValueError(f"frozen names {part!r}, which is in the name of no parameter")
   model = model if model.spec is None else from_spec(model.spec)  # as `load` makes it
   _learned(recipe, model, params, inner_state)  # raises what does not fit
@@ -236,11 +239,13 @@ def _check_adapts_as(
   )
   outputs = n, *outputs[1:]
   if recipe.loss["name"] == "squared_error":
-    targets = np.zeros(outputs, np.float32)
+    targets = of_learner = np.zeros(outputs, np.float32)
   else:
     targets = np.resize(np.arange(outputs[-1], dtype=np.int32), outputs[:-1])
+    of_learner = np.eye(outputs[-1], dtype=np.float32)[targets]  # if it takes probabilities
   examples = Examples(example_inputs, targets)
-  rows = cycling(min(recipe.steps, 2), min(recipe.batch_size, n))(jax.random.key(0), n)
+  # Not as many as classes, or one label for each example would pass for a row of probabilities.
+  rows = cycling(min(recipe.steps, 2), 3 if outputs[-1] != 3 else 2)(jax.random.key(0), n)
   plain = reptile(_loss(recipe, model), _optimizer(recipe))
 
   def by_recipe(state: MetaState, examples: Examples, rows: jax.Array) -> Params:
@@ -248,15 +253,23 @@ def _check_adapts_as(
     return plain.adapt(state.params, inner_state, examples, rows, None)
 
   shapes = jax.tree.map(without_sharding, state)
-  try:
-    programs = [
-      str(jax.make_jaxpr(adapt)(shapes, examples, rows)) for adapt in (learner.adapt, by_recipe)
-    ]
-  except (TypeError, ValueError):
-    return  # the learner's own loss takes targets of another form, so nothing can be compared
-  if programs[0] == programs[1] or jax.process_count() > 1:
+  for own in (examples, Examples(example_inputs, of_learner)):
+    with suppress(TypeError, ValueError):
+      program = jax.make_jaxpr(learner.adapt)(shapes, own, rows)
+      break
+  else:
+    warnings.warn(
+      "the file could not be compared with the learner, whose loss takes a key or targets of "
+      "another form: see yourself that inner_optimizer, loss and frozen are those of the learner",
+      stacklevel=3,
+    )
     return
-  one, other = (jax.jit(adapt)(state, examples, rows) for adapt in (learner.adapt, by_recipe))
+  if str(program) == str(jax.make_jaxpr(by_recipe)(shapes, examples, rows)):
+    return
+  if jax.process_count() > 1:
+    return
+  one = jax.jit(learner.adapt)(state, own, rows)
+  other = jax.jit(by_recipe)(state, examples, rows)
   largest = lambda a, b: max(
     jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b))
   )
@@ -475,7 +488,7 @@ def _arrays(inputs: Any) -> Any:
 
 
 def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  floats, of_floats = (np.issubdtype(kind, np.floating) for kind in (leaf.dtype, dtype))
+  floats, of_floats = (jnp.issubdtype(kind, jnp.floating) for kind in (leaf.dtype, dtype))
   if dtype == np.uint8 and floats:
     if leaf.size and not 0 <= leaf.min() <= leaf.max() <= 1:
       raise ValueError(

@@ -18,12 +18,14 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
   """Softmax cross-entropy -log p(y | x) of a minibatch with integer labels, in nats.
 
   Args:
-    apply: `(params, inputs [n, ...]) -> logits [n, classes]`.
-    reduction: `"sum"`, as in the paper's code, or `"mean"` over the `n` examples. It scales the
-      gradient, which changes the steps of SGD but not those of Adam.
+    apply: `(params, inputs [n, ...]) -> logits [n, classes]`, or `[n, ..., classes]` where an
+      example has several labels, as the words of a text.
+    reduction: `"sum"`, as in the paper's code, or `"mean"` over all labels. It scales the gradient,
+      which changes the steps of SGD but not those of Adam.
 
   Raises:
-    ValueError: for any other reduction; when called, if the labels are not integers `[n]`.
+    ValueError: for any other reduction; when called, if the labels are not integers `[n, ...]`, one
+      for each row of logits.
   """
 
   def per_example(logits: jax.Array, labels: jax.Array) -> jax.Array:

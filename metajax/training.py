@@ -99,9 +99,9 @@ def train(
 ) -> Record:
   """Trains up to meta-step `num_steps`, with a progress bar.
 
-  With a folder, the state is saved at every report but the one at the start. The same call then
-  resumes an interrupted run and ends with bit-identical parameters. Data that the samplers close
-  over becomes an argument of the compiled programs.
+  With a folder, the state is saved before every report but the one at the start. The same call then
+  resumes an interrupted run, makes a report that was interrupted again, and ends with bit-identical
+  parameters. Data that the samplers close over becomes an argument of the compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning says so if most of a step is lost to rounding.
@@ -114,9 +114,8 @@ def train(
     key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
-      It may return a score: the state with the highest score is kept, besides the newest ones. If
-      it takes long, it may raise `StoppedError`: the state is saved, and when the run goes on, it
-      is given the same record again.
+      It may return a score: the state with the highest score is kept, besides the newest ones.
+      It may raise `StoppedError` to end the run, and is given the record again when that goes on.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
@@ -128,8 +127,9 @@ def train(
     The last record. If the run was complete before, this is the restored one.
 
   Raises:
-    ValueError: if a number is below 1, no checkpoint of the folder can be restored, or they are of
-      a run with another key or more meta-steps.
+    ValueError: if a number is below 1, the state has more meta-steps than `num_steps`, no
+      checkpoint of the folder can be restored, they are of a run with another key or more
+      meta-steps, or `report` returns anything but a number or None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
     OSError: if a checkpoint cannot be written; those before are kept.
@@ -155,19 +155,37 @@ def train(
       sums = Sums(*found.extra.get("sums", ()))
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
       _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
-    step = last_saved = int(state.step)
+    step = int(state.step)
+    if step > num_steps:
+      raise ValueError(
+        f"the state has {step} meta-steps already, and num_steps={num_steps} is where training ends"
+      )
+    last_saved = step if found is not None else 0
+    if found is not None and found.rated:  # its report was made
+      sums = Sums()
 
-    def stopped() -> StoppedError:
+    def keep() -> None:
+      nonlocal last_saved
       if saved and step > last_saved:
         saved.save(state, {"seconds": seconds, "sums": sums, **extra})
+        last_saved = step
+
+    def stopped() -> StoppedError:
+      keep()
       kept = f", which is saved in {folder}" if saved and step else ""
       return StoppedError(f"stopped at meta-step {step}{kept}")
 
     def reported(record: Record) -> float | None:
       try:
-        return report(record)
-      except StoppedError:  # it is made anew when the run goes on
+        score = report(record)
+      except StoppedError:  # it is made again when the run goes on
         raise stopped() from None
+      try:
+        return None if score is None else float(score)
+      except TypeError:
+        raise ValueError(
+          f"report must return a number or None, and not {type(score).__name__}"
+        ) from None
 
     # Every record has a copy of the state, since the next meta-step uses the memory of this one.
     record = Record(step, copied(state), [], {}, seconds, restored=found is not None)
@@ -191,12 +209,11 @@ def train(
           step, copied(state), losses, means, seconds, restored=False, skipped=skipped
         )
         with _paused(bar):
+          keep()
           score = reported(record)
           sums = Sums()
           if saved:
-            stopped_here = step == last_saved  # as this report was made before
-            saved.save(state, {"seconds": seconds, **extra}, score=score, replace=stopped_here)
-            last_saved = step
+            saved.rate(step, score)
       if step == num_steps:
         return record
       if should_stop():
@@ -283,10 +300,12 @@ def _warn_if_steps_are_lost(
     after = one_step(state, key)[0].params
     return ravel_pytree(jax.tree.map(jnp.subtract, wide(after), wide(state.params)))[0]
 
-  exact = on_mesh(learner.init(wide(state.params))._replace(step=state.step), mesh)
+  as_wide = jax.eval_shape(learner.init, wide(state.params))
+  exact = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, as_wide)
+  exact = on_mesh(exact, mesh)
   a, b = (np.asarray(compiled(moved, mesh, start, key)(start, key)) for start in (state, exact))
   cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), np.finfo(np.float32).tiny)
-  if cosine < 0.9:
+  if cosine < 0.9 and b.any():  # a rate may begin at 0
     warnings.warn(
       "most of a meta-step is lost to rounding, since the parameters have fewer than 32 bits: the "
       f"cosine between the first meta-step and the same step in float32 is {cosine:.2f}. Keep the "

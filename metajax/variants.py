@@ -244,7 +244,7 @@ def imaml(
     raise ValueError(
       "the inner steps of imaml begin anew in each task: give the optimizer without carried"
     )
-  if not strength > 0:
+  if not isinstance(strength, jax.core.Tracer) and not strength > 0:
     raise ValueError(f"strength must be positive, not {strength}")
   inner = optax.chain(towards_start(strength), optimizer)
   of_batch, last_loss = checks.loss(loss_fn), checks.loss(outer_loss or loss_fn)
@@ -428,8 +428,8 @@ def prototypical(embed: Apply, ways: int) -> MetaGradient:
   """Prototypical networks (Snell et al. 2017), metric learning as a yardstick for the family.
 
   There is no inner loop: the gradient is that of the mean cross-entropy of the tail, by
-  `nearest_prototype` with the whole pool as training examples. Evaluate it with `nearest_prototype`
-  too; its `adapt` returns the parameters as they are.
+  `nearest_prototype` with the whole pool as training examples, so the tail must be separate from
+  it. Evaluate it with `nearest_prototype` too; its `adapt` returns the parameters as they are.
 
   Args:
     embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`.

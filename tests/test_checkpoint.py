@@ -107,6 +107,25 @@ def test_the_best_is_kept_however_old(tmp_path, states):
   equal(restored(tmp_path).state, states[3])
 
 
+def test_a_score_may_come_afterwards(tmp_path, states):
+  with checkpoints(tmp_path, keep=1) as saved:
+    for state, score in zip(states[:3], (0.2, 0.9, None), strict=True):
+      saved.save(state)
+      saved.rate(int(state.step), score)
+  assert {path.name for path in tmp_path.iterdir()} == {"2", "3", "scores.json"}
+  found = restored(tmp_path, "best")
+  equal(found.state, states[1])
+  assert found.rated and restored(tmp_path).rated
+  shutil.rmtree(tmp_path / "2")
+  shutil.rmtree(tmp_path / "3")
+  with checkpoints(tmp_path) as saved:  # goes on from before what is lost
+    for state in states[1:3]:
+      saved.save(state)
+  assert not restored(tmp_path).rated and restored(tmp_path, "best") is None
+  (tmp_path / "scores.json").write_text("{")
+  equal(restored(tmp_path).state, states[2])
+
+
 def test_none_is_the_best_without_scores(tmp_path, states):
   saved = checkpoints(tmp_path)
   saved.save(states[0])

@@ -2,6 +2,7 @@ import functools
 import http.server
 import io
 import itertools
+import os
 import tarfile
 import threading
 import zipfile
@@ -293,6 +294,35 @@ def test_mini_imagenet_reads_every_archive_once(mini, tmp_path, monkeypatch):
   assert mini_imagenet.load(mini, cache_dir=cache).validation.inputs.shape == (2, 84, 84, 3)
 
 
+def test_images_of_the_right_size_are_opaque_and_have_8_bits():
+  """As those that are fitted to a size."""
+
+  def decoded(mode, color, **options):
+    content = io.BytesIO()
+    Image.new(mode, (4, 4), color).save(content, "png")
+    return files.decode_image(content.getvalue(), "x.png", size=(4, 4), mode="L", **options)
+
+  for options in ({}, {"fit": True}):
+    assert (decoded("RGBA", (0, 0, 0, 0), **options) == 255).all()
+    with pytest.raises(DataError, match=r"x.png has more than 8 bits a channel"):
+      decoded("I;16", 30_000, **options)
+
+
+def test_two_folders_that_look_alike_are_read_apart(tmp_path):
+  found = []
+  for shade in (10, 200):
+    folder = tmp_path / str(shade)
+    for name in "abc":
+      for i in range(2):
+        write_image(folder / name / f"{i}.bmp", shade, (4, 4), mode="L")
+        os.utime(folder / name / f"{i}.bmp", (0, 0))
+    splits = metajax.data.from_folder(
+      folder, size=(4, 4), mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
+    )
+    found.append(int(np.max(splits.train.inputs)))
+  assert found == [10, 200]
+
+
 def test_mini_imagenet_from_class_folders(mini, tmp_path):
   from_archives = mini_imagenet.load(mini, cache_dir=tmp_path / "a")
   folders = tmp_path / "folders"
@@ -462,7 +492,9 @@ def test_episodes_from_the_host_are_those_of_the_device(execution, tmp_path):
   step, state, losses = jax.jit(learner.step), start, []
   sample = learner.execution.sample(sampler(np.arange(40)), make_episode)
   for first in (0, 2):  # stopped after two meta-steps, and resumed
-    episodes = metajax.data.host_episodes(sample, on_disk.__getitem__, KEY, first=first)
+    number = jnp.int32(first)  # as of a state
+    episodes = metajax.data.host_episodes(sample, on_disk.__getitem__, KEY, first=number)
+    number.delete()  # the state was donated
     for batch in itertools.islice(episodes, 2 if first == 0 else 3):
       state, info = step(state, batch)
       losses.append(info.losses)

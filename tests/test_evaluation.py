@@ -126,6 +126,8 @@ def test_many_tasks_are_judged_as_each_alone_in_any_number_of_calls():
     outputs = np.asarray(evaluate(state, batch_key, task))
     assert together[index] == pytest.approx(np.mean(outputs.argmax(1) == task.test.targets))
   assert len(set(together.tolist())) > 1
+  same = jax.device_put(state, jax.devices()[-1])  # another place, and a key of another form
+  np.testing.assert_array_equal(judge(same, jax.random.key_data(key), 7), together)
   with pytest.raises(ValueError, match="num_tasks must be at least 1"):
     judge(state, key, 0)
   with pytest.raises(ValueError, match="num_tasks must be at least 1"):

@@ -353,6 +353,43 @@ def test_a_file_that_would_adapt_otherwise_is_not_written(
   assert not list(tmp_path.iterdir())
 
 
+def one_hot(params, batch):
+  logits = DENSE.apply(params, batch.inputs)
+  return jnp.mean(-jnp.sum(batch.targets * jax.nn.log_softmax(logits), axis=-1))
+
+
+def with_key(params, batch, key):
+  return one_hot(params, batch)
+
+
+@pytest.mark.parametrize("rate", [0.3, 3.0])
+def test_a_learner_whose_loss_takes_other_targets_is_compared(rate, tmp_path):
+  learner = metajax.meta_learner(
+    metajax.reptile(one_hot, optax.sgd(rate)), optax.adam(1e-3), metajax.serial(2)
+  )
+  same = {"example_inputs": np.ones((1, 4), np.float32), "inner_optimizer": SGD, "loss": MEAN}
+  state = learner.init(DENSE.init(KEY))
+  write = lambda: metajax.save(
+    tmp_path / "x.safetensors", learner, state, DENSE, **same, steps=2, batch_size=2
+  )
+  if rate == 0.3:
+    write()
+  else:
+    with pytest.raises(ValueError, match="would not adapt as the learner does"):
+      write()
+
+
+def test_a_learner_that_cannot_be_compared_is_written_with_a_warning(tmp_path):
+  learner = metajax.meta_learner(
+    metajax.reptile(with_key, optax.sgd(0.3)), optax.adam(1e-3), metajax.serial(2)
+  )
+  same = {"example_inputs": np.ones((1, 4), np.float32), "inner_optimizer": SGD, "loss": MEAN}
+  path, state = tmp_path / "x.safetensors", learner.init(DENSE.init(KEY))
+  with pytest.warns(UserWarning, match="could not be compared with the learner, whose loss takes"):
+    metajax.save(path, learner, state, DENSE, **same, steps=2, batch_size=2)
+  assert path.exists()
+
+
 def test_a_learner_that_also_learns_rates_is_not_written(tmp_path):
   gradient = metajax.variants.meta_sgd(loss_of(DENSE))
   learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.serial(2))

@@ -1,5 +1,7 @@
 """Losses that draw random numbers, return metrics, or differ inside and in the outer step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +180,16 @@ def test_a_metric_is_reduced_over_the_minibatch():
     ValueError, match=r"'each' is \(3,\) and \(5,\) in different steps: reduce it"
   ):
     gradient.estimate(problems.weights(), (), problems.episode(1, k=3, tail=5))
+
+
+def test_a_key_that_is_filled_in_stays():
+  fixed = functools.partial(noisy, key=KEY)
+  same = lambda params, batch: noisy(params, batch, KEY)
+  found, expected = (
+    metajax.fomaml(loss, optax.sgd(RATE)).estimate(problems.weights(), (), keyed(1))[0]
+    for loss in (fixed, same)
+  )
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_a_key_may_be_given_by_name_only():

@@ -156,6 +156,24 @@ def test_a_sweep_of_numbers_in_the_loss(algorithm):
     np.testing.assert_allclose(states.params[run], state.params, rtol=1e-5)
 
 
+def test_a_sweep_of_implicit_maml():
+  _, sample_task, make_episode = make()
+
+  def make_learner(values):
+    gradient = metajax.variants.imaml(LOSS, optax.sgd(values[0]), values[1], iterations=2)
+    return metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+
+  values, keys = (jnp.array([0.1, 0.2]), jnp.array([1.0, 3.0])), jax.random.split(KEY, 2)
+  sweep = metajax.sweep(make_learner, sample_task, make_episode, 2)
+  params = jnp.stack([problems.weights()] * 2)
+  states, _ = jax.jit(lambda values: sweep.run(values, sweep.init(values, params), keys))(values)
+  for run in range(2):
+    learner = make_learner(tuple(float(value[run]) for value in values))
+    alone = jax.jit(metajax.run(learner, sample_task, make_episode, 2))
+    state, _ = alone(learner.init(params[run]), keys[run])
+    np.testing.assert_allclose(states.params[run], state.params, rtol=1e-5)
+
+
 def test_a_sampler_that_does_not_use_its_key_is_warned_of():
   learner, _, make_episode = make()
   rng = np.random.default_rng(0)

@@ -98,6 +98,19 @@ def test_a_carried_state_stays_finite_and_training_goes_on(execution):
     assert int(optax.tree.get(after.inner, "count")[1]) == 3
 
 
+@pytest.mark.parametrize("guard", [lambda gradient: gradient, metajax.skip_nonfinite])
+def test_a_carried_state_may_begin_with_infinity(guard):
+  plateau = optax.contrib.reduce_on_plateau(accumulation_size=50)
+  inner = metajax.carried(optax.chain(optax.adam(0.1, b1=0.0), plateau))
+  learner = metajax.meta_learner(guard(metajax.reptile(LOSS, inner)), SGD, metajax.vmapped(2))
+  step, good = jax.jit(learner.step), problems.episodes((0, 1), k=3)
+  after, info = step(step(learner.init(PHI), good)[0], poisoned(good))
+  assert np.isinf(optax.tree.get(after.inner, "best_value")).all()
+  np.testing.assert_array_equal(optax.tree.get(after.inner[0], "count"), [3, 6])
+  if guard is metajax.skip_nonfinite:
+    assert float(info.skipped) == 0.5
+
+
 def test_skipped_tasks_count_as_zero_and_are_counted():
   gradient = metajax.skip_nonfinite(metajax.reptile(LOSS, metajax.carried(optax.adam(0.1, b1=0.0))))
   learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.vmapped(2))

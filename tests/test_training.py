@@ -105,6 +105,38 @@ def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
   equal(again.state, whole.state)
 
 
+@pytest.mark.parametrize("step", [3, 7])
+def test_what_is_interrupted_in_a_report_was_saved_before(step, tmp_path):
+  reports, interrupted = [], []
+
+  def report(record):
+    reports.append((record.step, record.restored))
+    if record.step == step and not interrupted:
+      interrupted.append(record)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    train(folder=tmp_path, report=report)
+  reports.clear()
+  train(folder=tmp_path, report=report)
+  assert reports == [(step, True), *[(later, False) for later in (3, 6, 7) if later >= step]]
+
+
+def test_a_report_returns_a_number(tmp_path):
+  with pytest.raises(ValueError, match="report must return a number or None, and not dict"):
+    train(report=lambda record: {"accuracy": 0.5})
+
+
+def test_a_run_that_goes_on_from_another_state(tmp_path):
+  late = START._replace(step=START.step + 5)
+  with pytest.raises(ValueError, match="the state has 5 meta-steps already, and num_steps=4 is"):
+    train(start=late, num_steps=4)
+  with pytest.raises(training.StoppedError, match="at meta-step 5, which is saved in"):
+    train(start=late, folder=tmp_path, should_stop=lambda: True)
+  with checkpoints(tmp_path) as saved:
+    assert int(saved.restore(START).state.step) == 5
+
+
 @pytest.mark.parametrize("step", [0, 6, 7])
 def test_a_report_that_stops_the_run_is_made_again(step, tmp_path):
   made = {name: [] for name in ("whole", "stopped")}
@@ -120,6 +152,7 @@ def test_a_report_that_stops_the_run_is_made_again(step, tmp_path):
   kept = f", which is saved in {tmp_path}" if step else "$"
   with pytest.raises(training.StoppedError, match=f"^stopped at meta-step {step}{kept}"):
     train(folder=tmp_path / "stopped", report=functools.partial(report, "stopped", True))
+  train(folder=tmp_path / "stopped", report=functools.partial(report, "stopped", False))
   train(folder=tmp_path / "stopped", report=functools.partial(report, "stopped", False))
   assert [number for number, *_ in made["whole"]] == [0, 3, 6, 7]
   equal(made["stopped"], made["whole"])
@@ -252,6 +285,16 @@ def test_steps_that_bfloat16_parameters_lose_are_warned_of(execution, rate, recw
   said = [str(warning.message) for warning in recwarn]
   assert len(said) == (rate < 0.01) and all("lost to rounding" in one for one in said)
   assert record.state.params.dtype == jnp.bfloat16
+
+
+def test_bfloat16_parameters_that_go_on_or_begin_slowly_are_no_reason_to_warn(recwarn):
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))
+  late = optax.join_schedules([lambda step: 0.0, lambda step: 0.5], [1])
+  for outer in (optax.adam(0.05, b1=0.9), optax.sgd(late)):
+    learner = metajax.meta_learner(gradient, outer, metajax.vmapped(2))
+    record = train(learner, learner.init(problems.weights().astype(jnp.bfloat16)), num_steps=3)
+    train(learner, record.state, num_steps=4)
+  assert not recwarn.list
 
 
 def test_progress_is_lines_where_the_output_is_not_a_terminal(monkeypatch, capsys):

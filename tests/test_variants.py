@@ -259,6 +259,9 @@ def test_imaml_is_refused_what_it_cannot_do():
   with pytest.raises(ValueError, match="begin anew in each task: give the optimizer without"):
     imaml(loss, metajax.carried(optax.sgd(RATE)), 1.0)
   imaml(loss, optax.adam(RATE), 1.0).init(params)
+  imaml(loss, optax.sgd(optax.linear_schedule(0.0, RATE, 3)), 1.0).init(params)  # a warm-up
+  with pytest.raises(ValueError, match="strength must be positive, not 0"):
+    imaml(loss, optax.sgd(RATE), 0.0)
 
 
 def temporary_bytes(gradient, k):

@@ -64,11 +64,11 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 
 
 def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
-  """A hash of names, sizes and modification times of files, as 16 hexadecimal digits.
+  """A hash of where a folder is and of its files' names, sizes and modification times.
 
-  It changes when a file is replaced or moved.
+  It has 16 hexadecimal digits, and changes when a file is replaced or moved.
   """
-  digest = hashlib.sha256()
+  digest = hashlib.sha256(f"{folder.resolve().as_posix()}\0".encode())
   for path in sorted(paths):
     try:
       status = path.stat()
@@ -233,7 +233,9 @@ def decode_image(
           raise DataError(
             f"{name} is {image.width}x{image.height} pixels, not {size[0]}x{size[1]}: resize it"
           )
-        return np.asarray(fit_image(image, name, size, mode) if fit else image.convert(mode))
+        if fit:
+          return np.asarray(fit_image(image, name, size, mode))
+        return np.asarray(_opaque(image, name).convert(mode))
   except DataError:
     raise
   except Exception as error:  # decoders raise many types of error on damaged files
@@ -252,10 +254,15 @@ def fit_image(image: Image.Image, name: object, size: tuple[int, int], mode: str
   Raises:
     DataError: if it has more than 8 bits a channel.
   """
+  image = _opaque(ImageOps.exif_transpose(image), name).convert(mode)
+  return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
+
+def _opaque(image: Image.Image, name: object) -> Image.Image:
+  """The image before a white background."""
   if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
     raise DataError(f"{name} has more than 8 bits a channel: convert it to 8 bits")
-  image = ImageOps.exif_transpose(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-  return ImageOps.fit(image.convert(mode), size, Image.Resampling.BICUBIC)
+  return image

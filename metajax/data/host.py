@@ -46,6 +46,6 @@ def host_episodes(
     inputs = lambda examples: Examples(fetch(np.asarray(examples.inputs)), examples.targets)
     return episodes._replace(pool=inputs(episodes.pool), tail=inputs(episodes.tail))
 
-  steps = grain.MapDataset.range(first, np.iinfo(np.int32).max).map(fetched)
+  steps = grain.MapDataset.range(int(first), np.iinfo(np.int32).max).map(fetched)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
   return iter(steps.to_iter_dataset(options))
