@@ -311,11 +311,12 @@ def test_images_of_the_right_size_are_opaque_and_have_8_bits():
 def test_two_folders_that_look_alike_are_read_apart(tmp_path):
   found = []
   for shade in (10, 200):
-    folder = tmp_path / str(shade)
+    folder = tmp_path / str(shade) / "images"
     for name in "abc":
       for i in range(2):
         write_image(folder / name / f"{i}.bmp", shade, (4, 4), mode="L")
-        os.utime(folder / name / f"{i}.bmp", (0, 0))
+    for path in folder.rglob("*"):
+      os.utime(path, (0, 0))
     splits = metajax.data.from_folder(
       folder, size=(4, 4), mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
     )

@@ -126,12 +126,26 @@ def test_many_tasks_are_judged_as_each_alone_in_any_number_of_calls():
     outputs = np.asarray(evaluate(state, batch_key, task))
     assert together[index] == pytest.approx(np.mean(outputs.argmax(1) == task.test.targets))
   assert len(set(together.tolist())) > 1
-  same = jax.device_put(state, jax.devices()[-1])  # another place, and a key of another form
-  np.testing.assert_array_equal(judge(same, jax.random.key_data(key), 7), together)
+  np.testing.assert_array_equal(judge(state, jax.random.key_data(key), 7), together)
   with pytest.raises(ValueError, match="num_tasks must be at least 1"):
     judge(state, key, 0)
   with pytest.raises(ValueError, match="num_tasks must be at least 1"):
     metajax.judge(evaluate, sample_task, metajax.losses.accuracy, tasks_per_call=0)
+
+
+def test_a_state_may_have_been_moved_between_two_judgements():
+  inner = metajax.carried(optax.adam(0.1, b1=0.0))
+  gradient = metajax.reptile(problems.softmax_loss(), inner)
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.sharded(2))
+  draw = lambda key: jax.tree.map(lambda leaf: jax.random.permutation(key, leaf), task)
+  task = Task(problems.examples(0, 6), problems.examples(1, 4))
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), metajax.transductive(linear))
+  judge = metajax.judge(evaluate, draw, metajax.losses.accuracy, tasks_per_call=2)
+  start, key = learner.init(problems.weights()), jax.random.key(0)
+  spread = metajax.programs.on_mesh(start, metajax.task_mesh())
+  rows = jax.NamedSharding(metajax.task_mesh(), jax.P("tasks"))
+  spread = spread._replace(inner=jax.device_put(spread.inner, rows))
+  np.testing.assert_array_equal(judge(spread, key, 2), judge(jax.device_get(start), key, 2))
 
 
 def test_mean_and_interval():
