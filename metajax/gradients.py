@@ -239,7 +239,7 @@ def combine(
 
 
 def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
-  """Skips tasks whose gradient or losses are not finite, or which spoil the inner state so.
+  """Skips tasks whose gradient or losses are not finite, or that leave NaN in the inner state.
 
   Such a task counts as one with a gradient of zero and losses of zero, and what is carried stays as
   it was before. `Info.skipped` is the fraction of the tasks that were skipped.
