@@ -290,6 +290,7 @@ REFUSALS = [
   (lambda: ({}, {"steps": 5.0}), "steps must be a whole number, not 5.0"),
   (lambda: ({}, {"frozen": "Dense_0"}), r"frozen must be several names, as \('Dense_0',\)"),
   (lambda: ({}, {"frozen": ("Dens_0",)}), "frozen names 'Dens_0', which is in the name of no"),
+  (lambda: ({}, {"frozen": ("params",)}), "frozen names 'params', which is in the name of no"),
   (lambda: ({}, {"loss": {"name": "cross_entropy", "reducton": "sum"}}), "with a reduction, as"),
 ]
 
