@@ -133,14 +133,19 @@ def test_a_run_killed_five_times_ends_as_if_it_had_not_been(moment, cache, whole
   expected, seconds = whole
   tell, part = MOMENTS[moment]
   chance, out = random.Random(moment), tmp_path / "run"
-  for _ in range(5):
+  for kills in range(5):
     before = tell(out)
     process = start(cache, out)
-    wait_for(tell, process, out, before)
+    while ((now := tell(out)) == before or not now) and process.poll() is None:
+      time.sleep(0.0005)
     time.sleep(chance.uniform(0, part * seconds))
     process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
+    code, _, _ = finish(process)
     check_lines(out)
+    if code == 0:  # on a slow machine, what is left may be little
+      assert kills > 1
+      break
+    assert code == -signal.SIGKILL
   assert finish(start(cache, out))[0] == 0
   check_lines(out)
   assert content(out) == expected
