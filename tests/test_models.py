@@ -34,7 +34,7 @@ def test_parameter_counts():
 
 def finn(params, images, pool):
   """Finn et al.'s network in NumPy: positions one by one, and ReLU before pooling."""
-  hidden = np.asarray(images, np.float64)
+  hidden = np.asarray(images, np.float64) if pool else 1 - np.asarray(images, np.float64)
   for block in range(4):
     kernel, bias = (np.float64(params[f"Conv_{block}"][name]) for name in ("kernel", "bias"))
     height, stride = hidden.shape[1], 1 if pool else 2

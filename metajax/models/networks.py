@@ -86,6 +86,7 @@ class ConvNet(nn.Module):
       (`"VALID"`).
     norm_scale: whether batch normalization has scales besides offsets.
     head_init: the initializer of the dense layer's kernel.
+    invert: whether images x, from 0 to 1, become 1 - x.
   """
 
   ways: int
@@ -96,6 +97,7 @@ class ConvNet(nn.Module):
   pool_padding: Padding = "SAME"
   norm_scale: bool = True
   head_init: nn.initializers.Initializer = nn.initializers.glorot_uniform()
+  invert: bool = False
 
   def __post_init__(self) -> None:
     if self.downsample not in ("stride", "pool"):
@@ -111,7 +113,7 @@ class ConvNet(nn.Module):
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Logits `[n, ways]` of images `[n, height, width, channels]`; uint8 is divided by 255."""
-    hidden = _floats(inputs)
+    hidden = 1 - _floats(inputs) if self.invert else _floats(inputs)
     after = self._after_convolution()
     for layer in range(4):
       stride = 1 if self.downsample == "pool" else 2
@@ -295,9 +297,10 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
 def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None) -> Model:
   """The Omniglot network of Finn et al. (2017), for the paper's MAML and FOMAML results.
 
-  It differs from `omniglot` in that the dense layer takes the mean over positions, that its kernel
-  is initialized from N(0, 1), and that batch normalization has no scales. Finn et al. do not adapt
-  the offsets of batch normalization: `metajax.variants.only` does the same.
+  It differs from `omniglot` in that it inverts images, so that ink is 1 and paper 0, that the dense
+  layer takes the mean over positions, that its kernel is initialized from N(0, 1), and that batch
+  normalization has no scales. Finn et al. do not adapt the offsets of batch normalization:
+  `metajax.variants.only` does the same.
   """
   return _images(
     (28, 28, 1),
@@ -307,6 +310,7 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
     method=method,
     norm_scale=False,
     head_init=nn.initializers.normal(1.0),
+    invert=True,
   )
 
 
