@@ -390,6 +390,10 @@ def _by_seed(folder: Path, cell: str) -> np.ndarray:
 
 
 # Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
+INVERSION = {
+  "images as they are": "inversion/upright",
+  "inverted images": "inversion/inverted",
+}
 ONE_SHOT = {
   "20,000 steps, a state for each of the five tasks": "omniglot_5way_reptile_20000",
   "20,000 steps, a state handed on, as in the paper's code": "omniglot_5way_reptile_serial_20000",
@@ -399,15 +403,24 @@ ONE_SHOT = {
 
 def one_shot() -> Iterator[str]:
   """Reptile with one inner state for each task or one for all, and at two lengths."""
-  cells = list(PAPER["omniglot_5way_reptile"])
-  yield f"| run | tasks | {' | '.join(cells)} |"
-  yield "|---" * (2 + len(cells)) + "|"
-  for label, folder in ONE_SHOT.items():
-    found = folders.finished(RESULTS / folder)["cells"]
-    tasks = found[ONE]["tasks"]
-    yield f"| {label} | {tasks:,} | {' | '.join(_percent(found[cell]) for cell in cells)} |"
+  yield from _of_runs(ONE_SHOT, list(PAPER["omniglot_5way_reptile"]))
   paper = map(_of_paper, PAPER["omniglot_5way_reptile"].values())
   yield f"| the paper, 100,000 steps | 10,000 | {' | '.join(paper)} |"
+
+
+def inversion() -> Iterator[str]:
+  """FOMAML with images as they are, and with inverted ones."""
+  yield from _of_runs(INVERSION, [ONE.replace("transductive", "inductive"), ONE])
+
+
+def _of_runs(runs: dict[str, str], cells: list[str]) -> Iterator[str]:
+  """A row for each run, by what it is called."""
+  yield f"| run | tasks | {' | '.join(cells)} |"
+  yield "|---" * (2 + len(cells)) + "|"
+  for label, folder in runs.items():
+    found = folders.finished(RESULTS / folder)["cells"]
+    tasks = found[cells[0]]["tasks"]
+    yield f"| {label} | {tasks:,} | {' | '.join(_percent(found[cell]) for cell in cells)} |"
 
 
 def _of_tasks(run: Path) -> dict[str, np.ndarray]:
@@ -446,6 +459,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "differences": differences,
   "two_steps": two_steps,
   "one_shot": one_shot,
+  "inversion": inversion,
   "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
   "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
   "overlap_c": lambda: _panel(
