@@ -216,9 +216,9 @@ def draw(records: list[dict[str, Any]], folder: Path) -> None:
     ("time_against_tasks", "meta_batch", "run", "time of a meta-step (ms)", 1e3),
     ("memory_against_inner_steps", "inner_steps", "temporary_bytes", "temporary memory (MB)", 1e-6),
   ):
-    lines: dict[str, list[tuple[float, float]]] = {}
     if x not in varied:
       continue
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in records:
       named = [
         f"{row[field]}" if isinstance(row[field], str) else f"{field} {row[field]}"

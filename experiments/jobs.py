@@ -56,7 +56,7 @@ def train(
     if record.restored:
       folder.keep(lambda line: line["step"] <= record.step)
       return None
-    folder.keep(lambda line: line["step"] < record.step)  # if this report was interrupted
+    folder.keep(lambda line: line["step"] < record.step)  # perhaps it was interrupted
     line: Line = {"step": record.step, "seconds": round(record.seconds, 3)}
     if record.losses:
       line["losses"] = record.losses

@@ -389,11 +389,12 @@ def _by_seed(folder: Path, cell: str) -> np.ndarray:
   return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
 
 
-# Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
+# Runs of FOMAML before and since its network inverts images.
 INVERSION = {
   "images as they are": "inversion/upright",
   "inverted images": "inversion/inverted",
 }
+# Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
 ONE_SHOT = {
   "20,000 steps, a state for each of the five tasks": "omniglot_5way_reptile_20000",
   "20,000 steps, a state handed on, as in the paper's code": "omniglot_5way_reptile_serial_20000",
@@ -410,7 +411,7 @@ def one_shot() -> Iterator[str]:
 
 def inversion() -> Iterator[str]:
   """FOMAML with images as they are, and with inverted ones."""
-  yield from _of_runs(INVERSION, [ONE.replace("transductive", "inductive"), ONE])
+  yield from _of_runs(INVERSION, ["1-shot inductive", ONE])
 
 
 def _of_runs(runs: dict[str, str], cells: list[str]) -> Iterator[str]:

@@ -260,7 +260,7 @@ class _NewestAndBest(PreservationPolicy):
   """Keeps the newest checkpoints and the one with the highest score.
 
   Orbax's own policies keep the scores as metrics in a file without a checksum. If one such file is
-  damaged, Orbax cannot open the folder at all, so the scores are read from `content` here.
+  damaged, Orbax cannot open the folder at all, so the scores are kept beside it here.
   """
 
   def __init__(self, keep: int, scores: dict[int, float]) -> None:
