@@ -46,21 +46,20 @@ class Saved(NamedTuple):
 
 
 class Save(Protocol):
-  def __call__(
-    self, state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
-  ) -> None: ...
+  def __call__(self, state: MetaState, extra: dict[str, Any] | None = None) -> None: ...
 
 
 class Checkpoints(NamedTuple):
   """The checkpoints in a folder. Used in a `with` statement, it closes itself at the end.
 
   Attributes:
-    save: `(state, extra=None, *, score=None) -> None` saves a state under its own step, completely
-      or not at all. It returns before everything is written, and the state may be donated then.
-      `extra` is anything that JSON can hold. A checkpoint without a score is never the best.
-      Raises OSError if this checkpoint or the one before cannot be written.
-    rate: `(step, score) -> None` gives a saved checkpoint its score afterwards, or says with None
-      that it has none. Raises OSError if that cannot be written.
+    save: `(state, extra=None) -> None` saves a state under its own step, completely or not at all.
+      It returns before everything is written, and the state may be donated then. `extra` is
+      anything that JSON can hold. Raises OSError if this checkpoint or the one before cannot be
+      written.
+    rate: `(step, score) -> None` gives a saved checkpoint its score, or says with None that it has
+      none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
+      written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
       checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
@@ -96,10 +95,10 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     ValueError: if `keep` is below 1.
   """
   checks.at_least_one(keep=keep)
-  folder, scores = Path(folder).absolute(), dict[int, float]()
+  folder = Path(folder).absolute()
   rated = _read_scores(folder)
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=_NewestAndBest(keep, scores), create=False
+    preservation_policy=_NewestAndBest(keep, rated), create=False
   )
   manager = ocp.CheckpointManager(folder, options=options)
   damaged: dict[int, str] = {}
@@ -112,15 +111,6 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       raise ValueError("what is beside its numbers is not what was saved")
     return json.loads(text)
 
-  for step in manager.all_steps():
-    try:
-      score = content(step)["score"]
-    except Exception:  # whatever a reader makes of a damaged file; `restore` will say so
-      continue
-    if score is not None:
-      scores[step] = score
-  scores |= {step: score for step, score in rated.items() if score is not None}
-
   def clean() -> None:
     """Removes what an earlier process was writing when it ended, and what is damaged."""
     if jax.process_index() == 0:
@@ -130,14 +120,11 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       manager.delete(step)
     damaged.clear()
 
-  def save(
-    state: MetaState, extra: dict[str, Any] | None = None, *, score: float | None = None
-  ) -> None:
+  def save(state: MetaState, extra: dict[str, Any] | None = None) -> None:
     nonlocal saving
     step, copy = int(state.step), copied(state)
-    score = _finite(score)
     try:
-      beside_state = {"checksums": _checksums(state), "extra": extra or {}, "score": score}
+      beside_state = {"checksums": _checksums(state), "extra": extra or {}}
       beside_state["leaves"] = _described(state)
       text = json.dumps(beside_state, default=lambda number: number.item())
     except (TypeError, ValueError, AttributeError) as error:
@@ -154,11 +141,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         raise FileExistsError(f"there is a checkpoint of step {step} already")
       if any(other >= step for other in rated):  # of checkpoints that were damaged
         for other in [other for other in rated if other >= step]:
-          scores.pop(other, None)
           del rated[other]
         _write_scores(folder, rated)
-      if score is not None:
-        scores[step] = score
       with _STARTING:
         manager.save(
           step,
@@ -173,11 +157,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       raise _unwritten(folder, error) from error
 
   def rate(step: int, score: float | None) -> None:
-    rated[step] = score = _finite(score)
-    if score is None:
-      scores.pop(step, None)
-    else:
-      scores[step] = score
+    rated[step] = float(score) if score is not None and math.isfinite(score) else None
     try:
       _write_scores(folder, rated)
     except OSError as error:
@@ -222,8 +202,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     return first_whole(sorted(manager.all_steps(), reverse=True), like)
 
   def best(like: MetaState) -> Saved | None:
-    there = set(manager.all_steps()) & set(scores)
-    return first_whole(sorted(there, key=scores.__getitem__, reverse=True), like)
+    return first_whole(_by_score(manager.all_steps(), rated), like)
 
   def close() -> None:
     try:
@@ -237,8 +216,10 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   return Checkpoints(save, rate, restore, best, close)
 
 
-def _finite(score: float | None) -> float | None:
-  return float(score) if score is not None and math.isfinite(score) else None
+def _by_score(steps: Iterable[int], rated: dict[int, float | None]) -> list[int]:
+  """Those of the steps that have a score, the best first."""
+  scores = {step: score for step in steps if (score := rated.get(step)) is not None}
+  return sorted(scores, key=scores.__getitem__, reverse=True)
 
 
 def _read_scores(folder: Path) -> dict[int, float | None]:
@@ -263,16 +244,15 @@ class _NewestAndBest(PreservationPolicy):
   damaged, Orbax cannot open the folder at all, so the scores are kept beside it here.
   """
 
-  def __init__(self, keep: int, scores: dict[int, float]) -> None:
+  def __init__(self, keep: int, rated: dict[int, float | None]) -> None:
     self._keep = keep
-    self._scores = scores
+    self._rated = rated
 
   def should_preserve(
     self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
   ) -> Sequence[bool]:
     steps = [checkpoint.step for checkpoint in checkpoints]
-    scored = [step for step in steps if step in self._scores]
-    stay = {*steps[-self._keep :], max(scored, key=self._scores.__getitem__, default=None)}
+    stay = {*steps[-self._keep :], *_by_score(steps, self._rated)[:1]}
     return [step in stay for step in steps]
 
 

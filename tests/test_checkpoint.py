@@ -43,7 +43,8 @@ def of_three(states, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run")
   saved = checkpoints(folder, keep=3)
   for state, score in zip(states[:3], (0.2, 0.3, 0.9), strict=True):
-    saved.save(state, {"seconds": 1.0}, score=score)
+    saved.save(state, {"seconds": 1.0})
+    saved.rate(int(state.step), score)
   saved.close()
   return folder
 
@@ -100,14 +101,15 @@ def test_the_newest_state_comes_back_whole_and_old_ones_go(tmp_path, states):
 def test_the_best_is_kept_however_old(tmp_path, states):
   saved = checkpoints(tmp_path, keep=1)
   for state, score in zip(states, (0.2, np.float32(0.9), 0.3, float("nan")), strict=True):
-    saved.save(state, score=score)
+    saved.save(state)
+    saved.rate(int(state.step), score)
   saved.close()
-  assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+  assert {path.name for path in tmp_path.iterdir()} == {"2", "4", "scores.json"}
   equal(restored(tmp_path, "best").state, states[1])
   equal(restored(tmp_path).state, states[3])
 
 
-def test_a_score_may_come_afterwards(tmp_path, states):
+def test_scores_are_of_the_checkpoints_that_are_there(tmp_path, states):
   with checkpoints(tmp_path, keep=1) as saved:
     for state, score in zip(states[:3], (0.2, 0.9, None), strict=True):
       saved.save(state)
@@ -145,7 +147,7 @@ def test_looking_changes_nothing_and_the_next_save_cleans_up(tmp_path, of_three,
   saved = checkpoints(folder, keep=3)
   saved.save(states[3])
   saved.close()
-  assert {path.name for path in folder.iterdir()} == {"2", "3", "4"}
+  assert {path.name for path in folder.iterdir()} == {"2", "3", "4", "scores.json"}
 
 
 def test_random_keys_in_a_state_are_saved(tmp_path, states):
@@ -210,7 +212,7 @@ def test_if_all_are_damaged_none_is_removed(tmp_path, of_three):
   for file in files_of(tmp_path / "run"):
     file.write_bytes(b"")
   assert re.match("no checkpoint of .* can be restored", restored(tmp_path / "run"))
-  assert {path.name for path in (tmp_path / "run").iterdir()} == {"1", "2", "3"}
+  assert {path.name for path in (tmp_path / "run").glob("?")} == {"1", "2", "3"}
 
 
 @pytest.mark.usefixtures("failed_readings")
@@ -220,7 +222,7 @@ def test_a_state_of_another_shape_is_refused_and_nothing_removed(tmp_path, of_th
   message = restored(tmp_path / "run", like=other)
   assert re.match("no checkpoint of .* can be restored", message) and "\n" not in message
   assert "its params is float32[4,3], and float32[3] is expected: restore it with" in message
-  assert {path.name for path in (tmp_path / "run").iterdir()} == {"1", "2", "3"}
+  assert {path.name for path in (tmp_path / "run").glob("?")} == {"1", "2", "3"}
 
 
 def test_at_least_one_is_kept(tmp_path):
