@@ -174,6 +174,8 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(f"--dataset={self.dataset} needs --network=conv4 or --network=resnet12")
     if self.network == "resnet12" and self.filters is not None:
       raise ValueError("--filters is of no use with --network=resnet12: leave it out")
+    if self.omniglot_protocol != "pooled" and self.dataset != "omniglot":
+      raise ValueError("--omniglot_protocol is of --dataset=omniglot: leave it out")
     if self.dataset == "folder":
       return
     for name in ("image_size", "image_mode", "min_examples", "unreadable"):

@@ -125,6 +125,7 @@ FEW_SHOT = [
   ("iMAML, fixed norm", {**IMAML, "adapt_norm": False}, "adapts all parameters: use --adapt_norm"),
   ("context of others", {"algorithm": "cavia", **SGD, "network": "finn"}, "use --network=paper or"),
   ("strength of others", {"strength": 2.0}, "--strength is of imaml: leave it out"),
+  ("no alphabets", {"omniglot_protocol": "alphabets"}, "is of --dataset=omniglot: leave it out"),
   ("shots of joint", {"algorithm": "joint", "least_shots": 1}, "are of no use with .*=joint"),
   ("idle training", {"algorithm": "scratch"}, "learns nothing: use --meta_steps=1"),
   ("idle early steps", {"early_steps": 3}, "--early_steps is of multi_step and annealed: leave"),
