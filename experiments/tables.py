@@ -389,10 +389,10 @@ def _by_seed(folder: Path, cell: str) -> np.ndarray:
   return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
 
 
-# Runs of FOMAML before and since its network inverts images.
+# Pairs of runs of FOMAML on Omniglot, before and since its network inverts images.
 INVERSION = {
-  "images as they are": "inversion/upright",
-  "inverted images": "inversion/inverted",
+  "5-way, 2,000 meta-steps": ("inversion/5way_upright", "inversion/5way_inverted"),
+  "20-way, 5,000 meta-steps": ("inversion/20way_upright", "omniglot_1shot_20way_fomaml_5000"),
 }
 # Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
 ONE_SHOT = {
@@ -404,24 +404,32 @@ ONE_SHOT = {
 
 def one_shot() -> Iterator[str]:
   """Reptile with one inner state for each task or one for all, and at two lengths."""
-  yield from _of_runs(ONE_SHOT, list(PAPER["omniglot_5way_reptile"]))
+  cells = list(PAPER["omniglot_5way_reptile"])
+  yield f"| run | tasks | {' | '.join(cells)} |"
+  yield "|---" * (2 + len(cells)) + "|"
+  for label, folder in ONE_SHOT.items():
+    found = folders.finished(RESULTS / folder)["cells"]
+    tasks = found[cells[0]]["tasks"]
+    yield f"| {label} | {tasks:,} | {' | '.join(_percent(found[cell]) for cell in cells)} |"
   paper = map(_of_paper, PAPER["omniglot_5way_reptile"].values())
   yield f"| the paper, 100,000 steps | 10,000 | {' | '.join(paper)} |"
 
 
 def inversion() -> Iterator[str]:
   """FOMAML with images as they are, and with inverted ones."""
-  yield from _of_runs(INVERSION, ["1-shot inductive", ONE])
-
-
-def _of_runs(runs: dict[str, str], cells: list[str]) -> Iterator[str]:
-  """A row for each run, by what it is called."""
-  yield f"| run | tasks | {' | '.join(cells)} |"
-  yield "|---" * (2 + len(cells)) + "|"
-  for label, folder in runs.items():
-    found = folders.finished(RESULTS / folder)["cells"]
-    tasks = found[cells[0]]["tasks"]
-    yield f"| {label} | {tasks:,} | {' | '.join(_percent(found[cell]) for cell in cells)} |"
+  yield "| FOMAML, 1-shot | | images as they are | inverted images | difference |"
+  yield "|---" * 5 + "|"
+  for label, pair in INVERSION.items():
+    tasks = [_of_tasks(RESULTS / folder) for folder in pair]
+    for protocol in ("inductive", "transductive"):
+      upright, inverted = (one[protocol] for one in tasks)
+      shown = [
+        f"{100 * mean:.2f} +- {100 * interval:.2f}"
+        for mean, interval in map(
+          metajax.mean_and_interval, (upright, inverted, inverted - upright)
+        )
+      ]
+      yield f"| {label} | {protocol} | {' | '.join(shown)} |"
 
 
 def _of_tasks(run: Path) -> dict[str, np.ndarray]:
