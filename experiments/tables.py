@@ -389,10 +389,11 @@ def _by_seed(folder: Path, cell: str) -> np.ndarray:
   return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
 
 
-# Pairs of runs of FOMAML on Omniglot, before and since its network inverts images.
+# Pairs of 1-shot runs on Omniglot, before and since the network of their recipes inverts images.
 INVERSION = {
-  "5-way, 2,000 meta-steps": ("inversion/5way_upright", "inversion/5way_inverted"),
-  "20-way, 5,000 meta-steps": ("inversion/20way_upright", "omniglot_1shot_20way_fomaml_5000"),
+  "FOMAML, 5-way, 2,000": ("inversion/5way_fomaml_upright", "inversion/5way_fomaml_inverted"),
+  "FOMAML, 20-way, 5,000": ("inversion/20way_fomaml_upright", "omniglot_1shot_20way_fomaml_5000"),
+  "MAML, 5-way, 10,000": ("inversion/5way_maml_upright", "omniglot_1shot_5way_maml_10000"),
 }
 # Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
 ONE_SHOT = {
@@ -416,20 +417,20 @@ def one_shot() -> Iterator[str]:
 
 
 def inversion() -> Iterator[str]:
-  """FOMAML with images as they are, and with inverted ones."""
-  yield "| FOMAML, 1-shot | | images as they are | inverted images | difference |"
+  """MAML and FOMAML with images as they are, and with inverted ones."""
+  yield "| run, meta-steps | | images as they are | inverted images | difference |"
   yield "|---" * 5 + "|"
   for label, pair in INVERSION.items():
-    tasks = [_of_tasks(RESULTS / folder) for folder in pair]
-    for protocol in ("inductive", "transductive"):
-      upright, inverted = (one[protocol] for one in tasks)
-      shown = [
-        f"{100 * mean:.2f} +- {100 * interval:.2f}"
-        for mean, interval in map(
-          metajax.mean_and_interval, (upright, inverted, inverted - upright)
-        )
-      ]
-      yield f"| {label} | {protocol} | {' | '.join(shown)} |"
+    paths = [RESULTS / folder for folder in pair]
+    for cell in ("1-shot inductive", ONE):
+      upright, inverted = (folders.finished(path)["cells"][cell] for path in paths)
+      mean = inverted["accuracy"] - upright["accuracy"]
+      interval = np.hypot(upright["interval95"], inverted["interval95"])
+      if all((path / TEST_TASKS).is_file() for path in paths):  # the same tasks
+        before, since = (_of_tasks(path)[cell.removeprefix("1-shot ")] for path in paths)
+        mean, interval = metajax.mean_and_interval(since - before)
+      shown = [label, cell, _percent(upright), _percent(inverted)]
+      yield f"| {' | '.join(shown)} | {100 * mean:+.2f} +- {100 * interval:.2f} |"
 
 
 def _of_tasks(run: Path) -> dict[str, np.ndarray]:
