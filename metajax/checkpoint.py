@@ -104,13 +104,6 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   damaged: dict[int, str] = {}
   saving = False
 
-  def content(step: int) -> dict[str, Any]:
-    found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))
-    text, checksum = found["content"]["text"], found["content"]["crc32"]
-    if zlib.crc32(text.encode()) != checksum:
-      raise ValueError("what is beside its numbers is not what was saved")
-    return json.loads(text)
-
   def clean() -> None:
     """Removes what an earlier process was writing when it ended, and what is damaged."""
     if jax.process_index() == 0:
@@ -164,8 +157,12 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       raise _unwritten(folder, error) from error
 
   def load(step: int, like: MetaState) -> Saved:
+    found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))
+    text, checksum = found["content"]["text"], found["content"]["crc32"]
+    if zlib.crc32(text.encode()) != checksum:
+      raise ValueError("what is beside its numbers is not what was saved")
+    beside = json.loads(text)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    beside = content(step)
     _check_leaves(beside.get("leaves"), _described(like))
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
