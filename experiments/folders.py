@@ -335,6 +335,16 @@ def versions() -> dict[str, str]:
   }
 
 
+def where(versions: dict[str, str]) -> str:
+  """What computed a result: the accelerator, or without one the machine.
+
+  Args:
+    versions: those of the result, which may be empty.
+  """
+  device = versions.get("device", "cpu")
+  return versions.get("machine", "") if device == "cpu" else device
+
+
 def peak_memory() -> int | None:
   """The most memory that this process has had, in MB, as far as it is known."""
   if resource is None:

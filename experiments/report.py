@@ -219,7 +219,7 @@ def _costs(runs: Sequence[Run]) -> str:
         result.get("meta_steps_per_second", ""),
         result.get("peak_memory_mb", ""),
         result.get("parameters", ""),
-        versions.get("machine", versions.get("device", "")),
+        folders.where(versions),
         f"Python {versions['python']}, jax {versions['jax']}" if versions else "",
       ]
     )

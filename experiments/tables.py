@@ -76,7 +76,7 @@ def few_shot() -> Iterator[str]:
     about = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} |"
     if "train_seconds" in result:
       minutes = result["train_seconds"] / 60
-      about += f" {minutes:.{0 if minutes >= 10 else 1}f} | {result['versions']['machine']}"
+      about += f" {minutes:.{0 if minutes >= 10 else 1}f} | {folders.where(result['versions'])}"
     else:
       about += " |"
     for number, cell in enumerate({**result["cells"], **of_paper}):
@@ -160,7 +160,7 @@ def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
     "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
-    "full length, measured | end of the fit to it | the paper | hours here |"
+    "full length, measured | end of the fit to it | the paper | hours at that pace |"
   )
   yield "|---" * 8 + "|"
   for recipe, of_paper in PAPER.items():
@@ -196,8 +196,8 @@ def lengths() -> Iterator[str]:
   The work is counted as in `benchmarks.cases`. A meta-step of Reptile with the same data and the
   paper's network, as the benchmarks measured it, gives the rate of two CPU cores.
   """
-  yield "| recipe | meta-steps | 10^15 operations | hours on two cores | minutes at 5 TFLOP/s |"
-  yield "|---" * 5 + "|"
+  yield "| recipe | meta-steps | 10^15 operations | hours on two cores |"
+  yield "|---" * 4 + "|"
   rates = {
     row["model"]: row["flops_per_second"]
     for name in ("reptile", "mini_imagenet")
@@ -215,8 +215,8 @@ def lengths() -> Iterator[str]:
     )  # fmt: skip
     forward = cases.network(recipe.dataset, None).flops
     work = recipe.meta_steps * cases.step_flops(case, forward)
-    hours, minutes = work / rates[recipe.dataset] / 3600, work / 5e12 / 60
-    yield f"| {name} | {recipe.meta_steps:,} | {work / 1e15:.2f} | {hours:.1f} | {minutes:.0f} |"
+    hours = work / rates[recipe.dataset] / 3600
+    yield f"| {name} | {recipe.meta_steps:,} | {work / 1e15:.2f} | {hours:.1f} |"
 
 
 _FEWEST = 6  # points of a curve to which three numbers are fitted

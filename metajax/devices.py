@@ -15,13 +15,16 @@ class Defaults(NamedTuple):
   chunk: int | None  # tasks at once on a device, in `sharded` and `map_tasks`; None for all
 
 
-_ACCELERATOR = Defaults(convolution="xla", chunk=None)
-_BACKENDS = {"cpu": Defaults(convolution="cpu", chunk=1)}
+_BACKENDS = {
+  "cpu": Defaults(convolution="cpu", chunk=1),
+  "gpu": Defaults(convolution="patches", chunk=None),
+}
+_NOT_MEASURED = Defaults(convolution="xla", chunk=None)
 
 
 def defaults() -> Defaults:
   """The defaults for the backend that JAX uses."""
-  return _BACKENDS.get(jax.default_backend(), _ACCELERATOR)
+  return _BACKENDS.get(jax.default_backend(), _NOT_MEASURED)
 
 
 def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

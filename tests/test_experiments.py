@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import signal
 import threading
 from dataclasses import replace
 from functools import partial
@@ -262,6 +263,29 @@ def test_the_best_is_chosen_on_validation_or_training_tasks_never_on_test():
   del line["validation"]
   assert plots.learning_curve_score(line) == 0.4
   assert plots.learning_curve_score({"step": 1, "test": cell(0.4)}) is None
+
+
+@pytest.mark.parametrize("main", [cli.main, cli.main_without_folder])
+def test_matrix_products_are_as_precise_as_float32_on_all_devices(main, tmp_path, monkeypatch):
+  products = []
+
+  def program(*settings):
+    return lambda: products.append(jax.jit(jax.numpy.matmul).lower(ones, ones).as_text())
+
+  ones = np.ones((2, 2), np.float32)
+  arguments = [f"--out={tmp_path / 'run'}"] if main is cli.main else []
+  monkeypatch.setattr("sys.argv", ["program.py", *arguments])
+  monkeypatch.setattr(metajax, "cores_as_devices", lambda: None)  # the tests' backend is there
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    with jax.default_matmul_precision(None):
+      assert "HIGHEST" not in jax.jit(jax.numpy.matmul).lower(ones, ones).as_text()
+    main(program)
+  finally:
+    jax.config.update("jax_default_matmul_precision", None)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert "HIGHEST" in products[0]
 
 
 def test_two_processes_do_not_write_in_one_folder(tmp_path):

@@ -241,6 +241,12 @@ def test_networks_share_parameters_and_results(x64, network):
   agree(results(method), plain)
 
 
+def test_the_default_convolution_is_that_of_the_backend(monkeypatch):
+  for backend, method in (("cpu", "cpu"), ("gpu", "patches"), ("tpu", "xla")):
+    monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    assert convolution() is convolution(method)
+
+
 def test_on_cpu_networks_use_what_is_written_for_it():
   def gradient(method):
     model = models.from_linen(ConvNet(3, 4, "pool", method=method), np.zeros((2, 8, 8, 1)))

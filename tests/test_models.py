@@ -255,12 +255,19 @@ def test_a_summary_counts_parameters_and_operations():
   products = 1960 * 9 + (490 + 160 + 40) * 576  # rows x depth of the convolutions, 64 columns each
   flops = 2 * (64 * products + 10 * 256 * 5)
   shown = re.fullmatch(
-    r"a forward pass of 10 examples: ([\d.]+) MFLOP; a gradient: [\d.]+ MB of .*",
+    r"minibatch of 10: a forward pass: ([\d.]+) MFLOP; a gradient: [\d.]+ MB of .*",
     " ".join(lines[-1]),
   )
   assert flops <= 1e6 * float(shown[1]) <= 1.05 * flops  # normalization is little
   own = models.Model(lambda key: jnp.ones((3, 2)), lambda params, x: x @ params)
   assert "params  3x2              6" in models.summary(own, np.zeros((1, 3), np.float32))
+
+
+def test_a_summary_leaves_out_what_the_backend_does_not_count(monkeypatch):
+  monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda lowered: None)  # as on a GPU
+  own = models.Model(lambda key: jnp.ones((3, 2)), lambda params, x: x @ params)
+  last = models.summary(own, np.zeros((1, 3), np.float32)).splitlines()[-1]
+  assert re.fullmatch(r"minibatch of 1: a gradient: [\d.]+ MB of temporary memory", last)
 
 
 def test_networks_are_made_again_from_their_spec():

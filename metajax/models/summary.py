@@ -16,9 +16,9 @@ def summary(model: Model, example_inputs: Any) -> str:
     example_inputs: inputs `[n, ...]` of the size of a minibatch.
 
   Returns:
-    A line for each part of the parameters; then a line for the whole, with the floating-point
-    operations of a forward pass as XLA counts them, and the temporary memory of a gradient on this
-    backend, which is compiled for that.
+    A line for each part of the parameters, and one for the whole. The last line has the
+    floating-point operations of a forward pass, where XLA counts them on this backend (it does not
+    on a GPU), and the temporary memory of a gradient, which is compiled for that.
   """
   params = jax.eval_shape(model.init, jax.random.key(0))
   like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), example_inputs)
@@ -40,10 +40,14 @@ def summary(model: Model, example_inputs: Any) -> str:
     for part, shapes, number in rows
   ]
   n = len(jax.tree.leaves(example_inputs)[0])
-  costs = f"a forward pass of {n} examples: {forward.get('flops', float('nan')) / 1e6:.1f} MFLOP"
+  costs = []
+  if "flops" in forward:
+    costs.append(f"a forward pass: {forward['flops'] / 1e6:.1f} MFLOP")
   if gradient is not None:
-    costs += f"; a gradient: {gradient.temp_size_in_bytes / 1e6:.1f} MB of temporary memory"
-  return "\n".join([*lines, costs])
+    costs.append(f"a gradient: {gradient.temp_size_in_bytes / 1e6:.1f} MB of temporary memory")
+  if costs:
+    lines.append(f"minibatch of {n}: {'; '.join(costs)}")
+  return "\n".join(lines)
 
 
 def _parts(params: Any) -> list[tuple[str, Any]]:
