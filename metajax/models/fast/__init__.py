@@ -1,4 +1,4 @@
-"""Convolutions and blocks that are fast on CPU.
+"""Convolutions and blocks that are faster than XLA's own.
 
 `convolution` has the implementations to choose from. `blocks` has what comes between two
 convolutions. `metajax.devices` says which of them a backend uses by default.

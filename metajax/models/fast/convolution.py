@@ -2,8 +2,8 @@
 
 XLA's own convolution is fast on CPU, but the derivatives that JAX writes for it are not: inside a
 scan they take nine times as long, and where `vmap` gives every task its own kernel they become
-grouped convolutions, which are slow too. `cpu` avoids both. `benchmarks/README.md` has the
-measurements.
+grouped convolutions, which are slow too. `cpu` avoids both. On a GPU, grouped convolutions are
+slow as well, and `patches` avoids them. `benchmarks/README.md` has the measurements.
 """
 
 import math
