@@ -395,6 +395,11 @@ INVERSION = {
   "FOMAML, 20-way, 5,000": ("inversion/20way_fomaml_upright", "omniglot_1shot_20way_fomaml_5000"),
   "MAML, 5-way, 10,000": ("inversion/5way_maml_upright", "omniglot_1shot_5way_maml_10000"),
 }
+# Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and a meta-step at which both were judged.
+ON_GPU = {
+  "5-way": ("omniglot_1shot_5way_maml_10000", "omniglot_1shot_5way_maml", 4_000),
+  "20-way": ("omniglot_1shot_20way_maml_500", "omniglot_1shot_20way_maml_5000", 500),
+}
 # Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
 ONE_SHOT = {
   "20,000 steps, a state for each of the five tasks": "omniglot_5way_reptile_20000",
@@ -431,6 +436,18 @@ def inversion() -> Iterator[str]:
         mean, interval = metajax.mean_and_interval(since - before)
       shown = [label, cell, _percent(upright), _percent(inverted)]
       yield f"| {' | '.join(shown)} | {100 * mean:+.2f} +- {100 * interval:.2f} |"
+
+
+def matrix_products() -> Iterator[str]:
+  """Points of the learning curves of MAML in float32 on a CPU, and in TF32 on a GPU."""
+  yield "| MAML, 1-shot | meta-steps | | CPU, float32 | GPU, TF32 |"
+  yield "|---" * 5 + "|"
+  for label, (*pair, step) in ON_GPU.items():
+    curves = [folders.read_lines(RESULTS / folder) for folder in pair]
+    at_step = [next(line["test"] for line in lines if line["step"] == step) for lines in curves]
+    for cell in ("1-shot inductive", ONE):
+      shown = [_percent(found[cell]) for found in at_step]
+      yield f"| {label} | {step:,} | {cell} | {' | '.join(shown)} |"
 
 
 def _of_tasks(run: Path) -> dict[str, np.ndarray]:
@@ -470,6 +487,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "two_steps": two_steps,
   "one_shot": one_shot,
   "inversion": inversion,
+  "matrix_products": matrix_products,
   "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
   "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
   "overlap_c": lambda: _panel(
