@@ -3,9 +3,9 @@
   python -m experiments.family --data_dir=DIR --out=DIR
 
 Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and on sine waves. A
-meta-step has as many losses for all of them; what differs is what is computed from these, and so
-the seconds that it takes. Runs are independent: each has its own device, and several run at once.
-The same command resumes those on Omniglot that were interrupted. The run folder (--out) gets
+meta-step draws as many minibatches for all of them; what differs is what is computed from these,
+and so the seconds that it takes. Runs are independent: each has its own device, and several run at
+once. The same command resumes those on Omniglot that were interrupted. The run folder (--out) gets
 result.json, family.png and family.svg, and a folder for each run.
 """
 
@@ -132,7 +132,7 @@ def wave_learner(
 ) -> tuple[metajax.Model, metajax.MetaLearner, Any, Callable[..., Any]]:
   """The network, the learner, and how tasks and episodes are drawn, for a method on sine waves.
 
-  A meta-step has 24 losses for all methods. The outer rate falls to 0.
+  A meta-step draws 24 minibatches for all methods. The outer rate falls to 0.
   """
   plain = metajax.models.sine()
   rate = WAVE_RATES.get(name, 0.02)

@@ -160,7 +160,7 @@ def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
     "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
-    "full length, measured | end of the fit to it | the paper | hours at that pace |"
+    "full length, measured | same form, fitted to the whole run | the paper | hours at that pace |"
   )
   yield "|---" * 8 + "|"
   for recipe, of_paper in PAPER.items():
