@@ -37,6 +37,7 @@ class Experiment(NamedTuple):
   make_episode: MakeEpisode
   evaluations: dict[str, dict[str, Evaluation]]  # by split, such as "test", and "5-shot"
   mesh: jax.sharding.Mesh
+  chunk: int | None  # tasks that run at once on a device, in training and in judging
   example_inputs: Any  # of the data set, [1, ...]
 
 
@@ -130,6 +131,7 @@ def build(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) 
     _make_episode(recipe),
     evaluations,
     mesh,
+    recipe.chunk,
     np.asarray(splits.test.inputs[:1]),
   )
 
@@ -204,11 +206,16 @@ def _make_episode(recipe: Recipe) -> MakeEpisode:
 def ship(
   recipe: Recipe, experiment: Experiment, state: metajax.MetaState, path: Path, about: Line
 ) -> None:
-  """Writes the learner file of a trained state, of algorithms that adapt as such a file can say."""
+  """Writes the learner file of a trained state, of algorithms that adapt as such a file can say.
+
+  The file adapts as the run was judged with the most shots, and holds the accuracy with these.
+  """
   if experiment.frozen is None:
     return
   name, arguments = algorithms.inner_optimizer(recipe)
-  _, batch = max(recipe.shots_and_batches)
+  shots, batch = max(recipe.shots_and_batches)
+  cells = about.get("accuracy", {})
+  of_shots = {name: cell for name, cell in cells.items() if name.startswith(f"{shots}-shot ")}
   metajax.save(
     path,
     experiment.learner,
@@ -227,6 +234,7 @@ def ship(
       "meta_steps": int(state.step),
       "seed": recipe.seed,
       **about,
+      **({"accuracy": of_shots} if cells else {}),
     },
   )
 

@@ -82,8 +82,8 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
 
 def _judge_all(recipe: Recipe, which: str, out: Path) -> None:
   """Judges the run in a folder, or those of all seeds in it."""
-  seeds = sorted(out.glob("seed*/checkpoints"))
-  paths = [path.parent for path in seeds] or [out]
+  seeds = [path for path in folders.seeds_in(out) if (path / "checkpoints").is_dir()]
+  paths = seeds or [out]
   recipes = [replace(recipe, seed=int(path.name[4:])) for path in paths] if seeds else [recipe]
   results = [runs.judge_again(one, which, path) for one, path in zip(recipes, paths, strict=True)]
   steps = sorted({result["meta_steps"] for result in results})

@@ -13,7 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,10 @@ class RunFolder:
         f"{self.path} holds another run (then {then or 'no such flag'}; now {now or 'none'}): "
         "go on as it began, choose another --out, or start over with --fresh"
       )
+
+  def conditions(self) -> list[str]:
+    """The further conditions under which the run was begun."""
+    return [line[2:] for line in self._before() if line.startswith("# ")]
 
   def check(self, *conditions: str) -> None:
     """Checks further conditions that must not change, such as a checksum of the data.
@@ -226,8 +230,14 @@ def logged(out: str | os.PathLike) -> list[Line]:
 
 def logs_of_seeds(out: str | os.PathLike) -> list[list[Line]]:
   """The lines of metrics.jsonl of each seed's run in a folder; runs without lines are left out."""
-  logs = [read_lines(log.parent) for log in sorted(Path(out).glob(f"seed*/{METRICS}"))]
+  logs = [read_lines(path) for path in seeds_in(out)]
   return [lines for lines in logs if lines]
+
+
+def seeds_in(out: str | os.PathLike) -> list[Path]:
+  """The folders of the runs of several seeds, in order; those that were set aside are left out."""
+  found = [path for path in Path(out).glob("seed*") if path.name[4:].isdecimal()]
+  return sorted(found, key=lambda path: int(path.name[4:]))
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -313,12 +323,14 @@ def set_aside(path: Path) -> Path:
   """Renames a folder to the first free of NAME.old1, NAME.old2 ..., and returns the new path.
 
   Raises:
-    InUseError: if another process writes in it.
+    InUseError: if another process writes in it, or in the folder of a run inside.
   """
   number = 1
   while (aside := path.with_name(f"{path.name}.old{number}")).exists():
     number += 1
-  with alone(path):
+  with ExitStack() as locks:
+    for inside in sorted({path, *(flags.parent for flags in path.rglob("flags.txt"))}):
+      locks.enter_context(alone(inside))
     path.rename(aside)
   return aside
 

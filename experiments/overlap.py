@@ -46,6 +46,7 @@ _DECIDED = (
   "inner_steps",
   "inner_batch",
   "tail",
+  "tail_shots",
   "minibatches",
 )  # settings that the point decides
 FIGURE = replace(
@@ -54,7 +55,6 @@ FIGURE = replace(
   inner_steps=ITERATIONS,
   weights=(1.0,) * ITERATIONS,
   train_shots=20,
-  tail_shots=5,
   curve_tasks=10,
   eval_every=5_000,
 )
@@ -110,10 +110,14 @@ def points(recipe: Recipe, panels: Panels, seeds: int, out: Path) -> list[Point]
 
 
 def recipe_of(recipe: Recipe, curve: str, where: dict[str, Any]) -> Recipe:
-  """The recipe of a point of a curve; `where` holds its inner steps, inner batch and outer rate."""
+  """The recipe of a point of a curve; `where` holds its inner steps, inner batch and outer rate.
+
+  A separate tail has a quarter of the examples.
+  """
   k = where["inner_steps"]
   weights = [1.0] * k if curve.startswith("Reptile") else [0.0] * (k - 1) + [1.0]
-  return replace(recipe, weights=tuple(weights), **CURVES[curve], **where)
+  shots = max(recipe.train_shots // 4, 1) if CURVES[curve]["tail"] == "separate" else 1
+  return replace(recipe, weights=tuple(weights), tail_shots=shots, **CURVES[curve], **where)
 
 
 def _label(curve: str, recipe: Recipe) -> str:

@@ -92,10 +92,11 @@ def learning_curve_score(line: Line) -> float | None:
   """The score by which the best checkpoint is chosen.
 
   It is the mean of the cells on validation tasks or, if there are none, on training tasks. Choosing
-  by test tasks would bias the reported accuracy upwards.
+  by test tasks would bias the reported accuracy upwards. A state for which a task failed has no
+  score, since its accuracy is that of the other tasks.
   """
   cells = line.get("validation") or line.get("train")
-  if cells is None:
+  if cells is None or any("failed" in cell for cell in cells.values()):
     return None
   return sum(cell["accuracy"] for cell in cells.values()) / len(cells)
 

@@ -174,6 +174,11 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(f"--dataset={self.dataset} needs --network=conv4 or --network=resnet12")
     if self.network == "resnet12" and self.filters is not None:
       raise ValueError("--filters is of no use with --network=resnet12: leave it out")
+    if self.dataset == "glyphs" and self.data_dir is not None:
+      raise ValueError(
+        "--data_dir is of no use with --dataset=glyphs, which the library draws itself: name the "
+        "data, as --dataset=omniglot or --dataset=folder, or leave --data_dir out"
+      )
     if self.omniglot_protocol != "pooled" and self.dataset != "omniglot":
       raise ValueError("--omniglot_protocol is of --dataset=omniglot: leave it out")
     if self.dataset == "folder":
@@ -206,6 +211,8 @@ class Recipe(Training, Judging, Cost):
           f"--weights has {len(self.weights)} numbers for --inner_steps={self.inner_steps}: "
           "give one for each"
         )
+    if self.tail == "shared" and self.tail_shots != 1:
+      raise ValueError("--tail_shots is of --tail=separate: use that, or leave --tail_shots out")
     if self.held_back >= self.train_shots:
       raise ValueError(
         f"--tail_shots={self.held_back} leaves none of --train_shots={self.train_shots} to adapt "
@@ -226,6 +233,8 @@ class Recipe(Training, Judging, Cost):
 
   def _check_algorithm(self) -> None:
     given = f"--algorithm={self.algorithm}"
+    if self.inner_eps_root and self.inner_optimizer != "adam":
+      raise ValueError("--inner_eps_root is of --inner_optimizer=adam: leave it out")
     through_adam = self.algorithm in _SECOND_ORDER and self.inner_optimizer == "adam"
     if through_adam and in_float32(self.inner_eps_root) == 0:
       raise ValueError(
@@ -245,14 +254,22 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(
         f"{given} scales and shifts the third of four layers: use --network=paper or conv4"
       )
-    if self.algorithm == "multi_step" and self.inner_steps < 2:
-      raise ValueError(f"{given} has a loss after every inner step: use --inner_steps=2 or more")
+    if self.inner_steps < 2 and self.algorithm not in _OF_ONE_STEP:
+      raise ValueError(
+        f"{given} takes the last of --inner_steps minibatches as its tail, which leaves no inner "
+        "step: use --inner_steps=2 for one inner step"
+      )
     if self.algorithm == "prototypical" and self.tail == "shared":
       raise ValueError(f"{given} compares the tail with the other examples: use --tail=separate")
     if self.algorithm == "scratch" and self.meta_steps > 1:
       raise ValueError(f"{given} learns nothing: use --meta_steps=1")
     if self.early_steps is not None and self.algorithm not in ("multi_step", "annealed"):
       raise ValueError("--early_steps is of multi_step and annealed: leave it out")
+    if self.early_steps is not None and self.early_steps >= self.meta_steps:
+      raise ValueError(
+        f"{given} would never become MAML: --early_steps={self.early_steps} must be below "
+        f"--meta_steps={self.meta_steps}"
+      )
     if (self.least_steps or self.least_shots) and self.algorithm in ("joint", "prototypical"):
       raise ValueError(
         f"--least_steps and --least_shots are of no use with {given}: leave them out"
@@ -294,6 +311,7 @@ class Recipe(Training, Judging, Cost):
     return list(zip(shots, batches * len(shots) if len(batches) == 1 else batches, strict=True))
 
 
+_OF_ONE_STEP = ("reptile", "combine", "joint", "scratch")  # which can do without inner steps
 _SECOND_ORDER = ("maml", "anil", "boil", "meta_sgd", "layer_rates", "multi_step", "annealed",
   "cavia")  # fmt: skip
 

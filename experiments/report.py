@@ -82,7 +82,7 @@ def read_run(folder: str) -> Run:
   flags = path / "flags.txt"
   lines = folders.read_lines(path)
   if not flags.is_file() or not any(split in line for line in lines for split in plots.SPLITS):
-    seeds = sorted(one.parent.name for one in path.glob("seed*/flags.txt"))
+    seeds = [one.name for one in folders.seeds_in(path) if (one / "flags.txt").is_file()]
     advice = f"give the runs in it, such as {folder}/{seeds[0]}" if seeds else "give its --out"
     raise ValueError(f"{folder} holds no few-shot run with a learning curve: {advice}")
   pairs = [line[2:].split("=", 1) for line in flags.read_text().splitlines() if line[:2] == "--"]

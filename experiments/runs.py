@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import metajax
-from experiments import build, folders, jobs, plots, trackers
+from experiments import algorithms, build, folders, jobs, plots, trackers
 from experiments.build import Experiment
 from experiments.folders import Line, RunFolder
 from experiments.recipes import Cost, Judging, Recipe, Training
@@ -27,6 +28,7 @@ _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there 
 _PATHS = ("data_dir", "cache_dir", "track")  # not kept with a run: another machine has others
 COST = tuple(setting.name for setting in fields(Cost))
 _FREE = ("eval_tasks", *COST)  # may differ on resuming
+_STATES = "inner states: "
 
 
 def open_folder(
@@ -50,9 +52,9 @@ def open_folder(
 def conditions(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) -> list[str]:
   """What a run depends on besides its settings."""
   found = [folders.describe(splits)]
-  if recipe.execution == build.SPREAD and recipe.inner_state == "carried":
+  if recipe.execution == build.SPREAD and algorithms.carries(recipe):
     each = -(-recipe.meta_batch // mesh.size)
-    found.append(f"inner states: {each * mesh.size}")
+    found.append(f"{_STATES}{each * mesh.size}")
   return found
 
 
@@ -113,7 +115,9 @@ def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable
     log in the folder, what is in the log is not computed again.
   """
   judges = {
-    (split, shots): metajax.judge(*evaluation, experiment.mesh, tasks_per_call=TASKS_PER_CALL)
+    (split, shots): metajax.judge(
+      *evaluation, experiment.mesh, tasks_per_call=TASKS_PER_CALL, chunk=experiment.chunk
+    )
     for split, by_shots in experiment.evaluations.items()
     for shots, evaluation in by_shots.items()
   }
@@ -270,7 +274,12 @@ def run_all(
   def job(label: str, recipe: Recipe, out: Path, mesh: jax.sharding.Mesh | None) -> Line:
     folder = open_folder(recipe, out)
     try:
-      return complete(recipe, folder) or run(recipe, *prepare(recipe, out, mesh), label)
+      result = complete(recipe, folder)
+      if result is not None:
+        return result
+      prepared = prepare(recipe, out, mesh)
+      with folders.alone(out):
+        return run(recipe, *prepared, label)
     except jobs.DivergedError as error:
       if not diverging_guesses:
         raise
@@ -293,6 +302,8 @@ def run_all(
 def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   """Judges the newest or the best checkpoint of a run, which may still be training.
 
+  Another number of devices will do: of a carried inner state, judging takes the first place only.
+
   Lines and result are written to a folder of the run, judged/stepN; one that was judged in another
   way is renamed to judged/stepN.old1.
 
@@ -306,9 +317,14 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   mesh = build.mesh_of(recipe)
   splits = metajax.programs.on_mesh(build.load(recipe), mesh)
   experiment = build.build(recipe, splits, mesh)
-  folder.check(*conditions(recipe, splits, mesh))
+  states = [condition for condition in folder.conditions() if condition.startswith(_STATES)]
+  folder.check(folders.describe(splits), *states)
   keys = keys_of(recipe, mesh)
   like = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
+  for condition in states:
+    places = int(condition.removeprefix(_STATES))
+    of_run = lambda leaf, places=places: jnp.zeros((places, *leaf.shape[1:]), leaf.dtype)
+    like = like._replace(inner=jax.tree.map(of_run, like.inner))
   with checkpoints(saved) as opened:
     find = {"newest": opened.restore, "best": opened.best}[which]
     found = find(metajax.programs.on_mesh(like, mesh))

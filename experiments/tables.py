@@ -385,7 +385,7 @@ def two_steps() -> Iterator[str]:
 
 def _by_seed(folder: Path, cell: str) -> np.ndarray:
   """The accuracy of the run of each seed, in percent."""
-  results = [folders.finished(path) for path in sorted(folder.glob("seed*"))]
+  results = [folders.finished(path) for path in folders.seeds_in(folder)]
   return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -209,10 +210,11 @@ def save(
   _learned(recipe, model, params, inner_state)  # raises what does not fit
   outputs = jax.eval_shape(model.apply, params, example_inputs)
   _check_adapts_as(learner, state, recipe, model, example_inputs, outputs.shape)
-  header = json.dumps({"format": _FORMAT, "recipe": content, "crc32": _checksum(arrays)})
+  checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
+  header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
   if jax.process_index() > 0:
     return
-  beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+  beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   try:
     beside.write_bytes(safetensors.numpy.save(arrays, metadata={"metajax": header}))
     beside.replace(path)
@@ -264,7 +266,8 @@ def _check_adapts_as(
       stacklevel=3,
     )
     return
-  if str(program) == str(jax.make_jaxpr(by_recipe)(shapes, examples, rows)):
+  same_text = str(program) == str(jax.make_jaxpr(by_recipe)(shapes, examples, rows))
+  if same_text and not program.consts:  # whose numbers are not in the text
     return
   if jax.process_count() > 1:
     return
@@ -318,6 +321,9 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     )
   if header["crc32"] != _checksum(arrays):
     raise ValueError(f"{path} is damaged: its numbers are not those that were saved")
+  checksum = _recipe_checksum(header["recipe"])
+  if header.get("recipe_crc32", checksum) != checksum:  # early files do not have it
+    raise ValueError(f"{path} is damaged: its recipe is not the one that was saved")
   recipe = Recipe(**header["recipe"])
   if model is None:
     if recipe.network is None:
@@ -411,6 +417,7 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
       from scipy.special import softmax  # importing it takes a quarter of a second
 
       logits = outputs(adapted, train, _fitting(recipe, inputs), protocol)[:, : len(classes)]
+      logits = logits.astype(np.float32)  # a network may compute in bfloat16
       probabilities = softmax(logits, axis=1)
       return Predictions(classes[probabilities.argmax(axis=1)], probabilities, classes)
 
@@ -531,6 +538,10 @@ def _checksum(arrays: dict[str, np.ndarray]) -> int:
     array = np.ascontiguousarray(arrays[name])
     checksum = zlib.crc32(array.view(np.uint8).data, zlib.crc32(name.encode(), checksum))
   return checksum
+
+
+def _recipe_checksum(content: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _number(value: Any) -> Any:

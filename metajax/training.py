@@ -295,13 +295,15 @@ def _warn_if_steps_are_lost(
 ) -> None:
   """Compares the direction of the first meta-step with that of the same step in float32."""
   wide = lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+  is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
   def moved(state: MetaState, key: PRNGKey) -> jax.Array:
     after = one_step(state, key)[0].params
     return ravel_pytree(jax.tree.map(jnp.subtract, wide(after), wide(state.params)))[0]
 
   as_wide = jax.eval_shape(learner.init, wide(state.params))
-  exact = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), state, as_wide)
+  in_dtype = lambda leaf, like: leaf if is_key(leaf) else leaf.astype(like.dtype)
+  exact = jax.tree.map(in_dtype, state, as_wide)
   exact = on_mesh(exact, mesh)
   a, b = (np.asarray(compiled(moved, mesh, start, key)(start, key)) for start in (state, exact))
   cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), np.finfo(np.float32).tiny)

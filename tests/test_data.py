@@ -6,6 +6,7 @@ import os
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,24 @@ def test_images_of_the_right_size_are_opaque_and_have_8_bits():
     assert (decoded("RGBA", (0, 0, 0, 0), **options) == 255).all()
     with pytest.raises(DataError, match=r"x.png has more than 8 bits a channel"):
       decoded("I;16", 30_000, **options)
+
+
+def test_two_programs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
+  for name in "abc":
+    write_image(tmp_path / name / "0.bmp", 10, (4, 4), mode="L")
+  both_have_written, write = threading.Barrier(2, timeout=60), np.savez
+
+  def savez(*args, **arrays):
+    write(*args, **arrays)
+    both_have_written.wait()
+
+  monkeypatch.setattr(np, "savez", savez)
+  read = lambda _: metajax.data.from_folder(
+    tmp_path, size=(4, 4), mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
+  )
+  with ThreadPoolExecutor(2) as pool:
+    one, other = pool.map(read, range(2))
+  np.testing.assert_array_equal(one.train.inputs, other.train.inputs)
 
 
 def test_two_folders_that_look_alike_are_read_apart(tmp_path):

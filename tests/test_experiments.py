@@ -232,6 +232,31 @@ def test_a_run_is_judged_again_without_training(tmp_path, glyphs, one_device, mo
     few_shots(recipe, judge="newest", out=str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("inner", ["adam", "sgd"])
+def test_a_run_is_judged_on_another_number_of_devices(inner, tmp_path, glyphs, monkeypatch):
+  """Three tasks on four devices carry four states of Adam, on one device three."""
+  recipe = tiny(meta_batch=3, inner_optimizer=inner, curve_splits=("test",))
+  trained = execute(recipe, tmp_path)
+  one = metajax.task_mesh(jax.devices()[:1])
+  monkeypatch.setattr(build, "mesh_of", lambda recipe: one)
+  few_shots(recipe, judge="newest", out=str(tmp_path))
+  assert folders.finished(tmp_path / "judged" / "step4")["cells"] == trained["cells"]
+  if inner == "adam":
+    with pytest.raises(ValueError, match="then # inner states: 4; now # inner states: 3"):
+      runs.prepare(recipe, tmp_path)
+  else:
+    runs.prepare(recipe, tmp_path)  # nothing is carried
+
+
+def test_a_chunk_bounds_the_memory_of_judging_too(splits, linear_network, monkeypatch, tmp_path):
+  chunks = []
+  monkeypatch.setattr(metajax, "judge", lambda *_, chunk, **__: chunks.append(chunk))
+  for recipe in (tiny(chunk=2), tiny()):
+    experiment = build.build(recipe, splits, metajax.task_mesh())
+    runs.judge_of(experiment, runs.open_folder(recipe, tmp_path), "")
+  assert set(chunks[:2]) == {2} and chunks[-1] is None
+
+
 def test_the_runs_of_all_seeds_are_judged_again(tmp_path, glyphs, one_device, capsys):
   recipe = tiny(curve_splits=("test",), meta_steps=2, seed=3)
   few_shots(recipe, out=str(tmp_path), seeds=2)
@@ -263,6 +288,8 @@ def test_the_best_is_chosen_on_validation_or_training_tasks_never_on_test():
   del line["validation"]
   assert plots.learning_curve_score(line) == 0.4
   assert plots.learning_curve_score({"step": 1, "test": cell(0.4)}) is None
+  line["train"]["5-shot"]["failed"] = 49  # and the accuracy is that of the other task
+  assert plots.learning_curve_score(line) is None
 
 
 @pytest.mark.parametrize("main", [cli.main, cli.main_without_folder])
@@ -296,8 +323,31 @@ def test_two_processes_do_not_write_in_one_folder(tmp_path):
       pass
     with pytest.raises(folders.InUseError):
       folders.set_aside(tmp_path)
-  with folders.alone(tmp_path):
-    pass
+  inside = tmp_path / "seed0"
+  runs.open_folder(tiny(), inside).begin()
+  with folders.alone(inside), pytest.raises(folders.InUseError, match=r"writing in .*seed0"):
+    folders.set_aside(tmp_path)
+  assert folders.set_aside(inside).name == "seed0.old1"
+
+
+@pytest.mark.parametrize("execution", ["sharded", "vmap"])
+def test_each_of_several_runs_has_its_folder_alone(execution, tmp_path, glyphs, monkeypatch):
+  def trained(recipe, experiment, folder, label):
+    with pytest.raises(folders.InUseError), folders.alone(folder.path):
+      pass
+    return label
+
+  monkeypatch.setattr(runs, "run", trained)
+  many = runs.of_each_seed("", tiny(execution=execution), tmp_path, 2)
+  assert runs.run_all(many) == ["seed 0", "seed 1"]
+
+
+def test_a_run_that_was_put_aside_is_no_other_seed(tmp_path):
+  for name in ("seed10", "seed9", "seed9.old1", "seeds"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").write_text(f'{{"of": "{name}"}}\n')
+  assert [path.name for path in folders.seeds_in(tmp_path)] == ["seed9", "seed10"]
+  assert folders.logs_of_seeds(tmp_path) == [[{"of": "seed9"}], [{"of": "seed10"}]]
 
 
 def test_a_process_that_is_refused_leaves_the_flags_of_the_other(tmp_path):
@@ -507,9 +557,12 @@ def test_the_learner_file_adapts_as_the_run_is_judged(variant, splits, tmp_path)
   state = experiment.learner.init(jax.jit(experiment.model.init)(jax.random.key(0)))
   state = state._replace(inner=jax.tree.map(lambda leaf: leaf + 1, state.inner))
   path = tmp_path / "learner.safetensors"
-  build.ship(recipe, experiment, state, path, {"more": 1})
+  cells = {"1-shot inductive": 0.4, "2-shot inductive": 0.5}
+  build.ship(recipe, experiment, state, path, {"more": 1, "accuracy": cells})
   learned = metajax.load(path)
-  assert learned.recipe.about["algorithm"] == recipe.algorithm and learned.recipe.about["more"] == 1
+  about = learned.recipe.about
+  assert about["algorithm"] == recipe.algorithm and about["more"] == 1
+  assert about["accuracy"] == {"2-shot inductive": 0.5}  # it does not adapt as with 1 shot
   key = jax.random.key(1)
   train = experiment.evaluations["test"]["2-shot"].sample_task(key).train
   rows = metajax.cycling(recipe.eval_steps, 4)(key, 2 * recipe.ways)

@@ -145,9 +145,7 @@ def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
 
   asked = []
   monkeypatch.setattr(runs, "run_all", made_up)
-  recipe = replace(
-    overlap.FIGURE, dataset="glyphs", ways=3, train_shots=10, tail_shots=1, eval_shots=(1,)
-  )
+  recipe = replace(overlap.FIGURE, dataset="glyphs", ways=3, train_shots=10, eval_shots=(1,))
   a_and_c, out = Panels(panels=("a", "c")), str(tmp_path)
   monkeypatch.setitem(overlap.PANELS, "a", ("inner_steps", (2, 4)))
   monkeypatch.setitem(overlap.PANELS, "b", ("inner_batch", (10, 30)))
@@ -183,7 +181,7 @@ def test_the_points_of_figure_4():
     assert one.weights == ((1,) * one.inner_steps if curve.startswith("Reptile") else last)
     assert (one.tail, one.minibatches) == FIGURE_4[curve]
     assert one.ways * one.train_shots == 100 and one.inner_rate == 0.003
-    assert one.ways * one.tail_shots == 25
+    assert one.ways * one.held_back == (25 if one.tail == "separate" else 0)
     varied = {"a": (x, 25, 0.25), "b": (4, x, 0.25), "c": (4, 100, x)}[panel]
     assert (one.inner_steps, one.inner_batch, one.outer_rate) == varied
   assert {curve for panel, curve, *_ in found if panel == "c"} == {"FOMAML (shared tail, cycling)"}

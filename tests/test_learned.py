@@ -247,6 +247,13 @@ def test_other_files_are_refused(trained, tmp_path):
   with pytest.raises(ValueError, match="its numbers are not those that were saved"):
     metajax.load(path)
   path.write_bytes(sound)
+  rewritten(path, lambda header: header["recipe"].update(steps=8))
+  with pytest.raises(ValueError, match="its recipe is not the one that was saved"):
+    metajax.load(path)
+  path.write_bytes(sound)
+  rewritten(path, lambda header: header.pop("recipe_crc32"))  # as in early files
+  assert metajax.load(path).recipe.steps == 7
+  path.write_bytes(sound)
   rewritten(path, lambda header: header.update(format=2))
   with pytest.raises(ValueError, match="is no learner file of format 1: write it with metajax"):
     metajax.load(path)
@@ -262,6 +269,7 @@ def test_a_file_that_asks_for_other_code_is_refused(trained, tmp_path):
   def asking_for(**changes):
     path.write_bytes(trained[0].read_bytes())
     rewritten(path, lambda header: header["recipe"].update(changes))
+    rewritten(path, lambda header: header.pop("recipe_crc32"))  # as if it were of this recipe
     return path
 
   with pytest.raises(ValueError, match="inner_optimizer must be one of adabelief"):
@@ -325,6 +333,7 @@ LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inp
     (metajax.maml(other_loss(DENSE), optax.sgd(0.3)), DENSE, {"inner_optimizer": SGD}),
     (metajax.variants.imaml(loss_of(DENSE), optax.sgd(0.3), strength=5.0), DENSE, None),
     (metajax.reptile(loss_of(DENSE), optax.sgd(3.0)), DENSE, None),
+    (metajax.reptile(loss_of(DENSE), optax.sgd(jnp.float32(3.0))), DENSE, None),
     (metajax.reptile(loss_of(DENSE, "sum"), optax.sgd(0.3)), DENSE, None),
     (
       metajax.reptile(
@@ -335,7 +344,16 @@ LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inp
     ),
     (metajax.reptile(loss_of(LOUDER), optax.sgd(0.3)), LOUDER, None),
   ],
-  ids=["the same", "in other words", "implicit", "rate", "reduction", "frozen", "another apply"],
+  ids=[
+    "the same",
+    "in other words",
+    "implicit",
+    "rate",
+    "rate in an array",
+    "reduction",
+    "frozen",
+    "another apply",
+  ],
 )
 @pytest.mark.parametrize("rows", [1, 6])
 def test_a_file_that_would_adapt_otherwise_is_not_written(
@@ -344,7 +362,8 @@ def test_a_file_that_would_adapt_otherwise_is_not_written(
   learner = metajax.meta_learner(gradient, optax.adam(1e-3), metajax.serial(2))
   state = learner.init(model.init(KEY))
   inputs = np.asarray(RNG.normal(size=(rows, 4)), np.float32)
-  same = {"example_inputs": inputs, "inner_optimizer": SGD, "steps": 5, "batch_size": 3}
+  own = {"name": "sgd", "learning_rate": jnp.float32(0.3)} if settings is None else SGD
+  same = {"example_inputs": inputs, "inner_optimizer": own, "steps": 5, "batch_size": 3}
   write = lambda: metajax.save(tmp_path / "x.safetensors", learner, state, model, **same, loss=MEAN)
   if settings is not None:
     write()
@@ -401,6 +420,16 @@ def test_a_learner_that_also_learns_rates_is_not_written(tmp_path):
   ):
     metajax.save(tmp_path / "x.safetensors", learner, state, DENSE, **same, steps=1, batch_size=1)
   assert not list(tmp_path.iterdir())
+
+
+def test_probabilities_of_a_network_that_computes_in_bfloat16_are_float32(tmp_path):
+  half = lambda params, inputs: DENSE.apply(params, inputs).astype(jnp.bfloat16)
+  path = tmp_path / "x.safetensors"
+  model, inputs = DENSE._replace(apply=half, spec=None), np.eye(4, dtype=np.float32)
+  saved(path, model, optax.sgd(0.3), example_inputs=inputs, inner_optimizer=SGD)
+  found = metajax.load(path, model=model).adapt(inputs, [2, 3, 5, 2])(inputs).probabilities
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-6)  # bfloat16 has 8 bits
 
 
 def test_examples_that_are_not_finite_have_no_label(tmp_path):

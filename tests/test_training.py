@@ -287,6 +287,14 @@ def test_steps_that_bfloat16_parameters_lose_are_warned_of(execution, rate, recw
   assert record.state.params.dtype == jnp.bfloat16
 
 
+def test_bfloat16_parameters_beside_a_key_that_is_carried(recwarn):
+  noisy = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(3)), optax.sgd(0.1))
+  gradient = metajax.reptile(problems.softmax_loss(), metajax.carried(noisy))
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.vmapped(2))
+  start = learner.init(problems.weights().astype(jnp.bfloat16))
+  assert train(learner, start, num_steps=1).state.step == 1 and not recwarn.list
+
+
 def test_bfloat16_parameters_that_go_on_or_begin_slowly_are_no_reason_to_warn(recwarn):
   gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))
   late = optax.join_schedules([lambda step: 0.0, lambda step: 0.5], [1])

@@ -1,6 +1,7 @@
 """Images in class folders, `CLASS/IMAGE.png`, decoded once and kept in the cache."""
 
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -353,7 +354,7 @@ def _save(cache: Path, parts: dict[str, Images]) -> None:
     arrays[f"{part}_images"] = images.pixels
     arrays[f"{part}_labels"] = images.labels
     arrays[f"{part}_unreadable"] = np.array(images.unreadable, str)
-  beside = cache.with_name(f"{cache.stem}-{os.getpid()}.partial.npz")
+  beside = cache.with_name(f"{cache.stem}-{uuid.uuid4().hex}.partial.npz")
   try:
     cache.parent.mkdir(parents=True, exist_ok=True)
     try:
