@@ -389,10 +389,14 @@ def _by_seed(folder: Path, cell: str) -> np.ndarray:
   return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
 
 
-# Pairs of 1-shot runs on Omniglot, before and since the network of their recipes inverts images.
+# Pairs of runs on Omniglot, before and since the network of their recipes inverts images.
 INVERSION = {
   "FOMAML, 5-way, 2,000": ("inversion/5way_fomaml_upright", "inversion/5way_fomaml_inverted"),
   "FOMAML, 20-way, 5,000": ("inversion/20way_fomaml_upright", "omniglot_1shot_20way_fomaml_5000"),
+  "FOMAML, 20-way, 1,000": (
+    "inversion/20way_5shot_fomaml_upright",
+    "omniglot_5shot_20way_fomaml_1000",
+  ),
   "MAML, 5-way, 10,000": ("inversion/5way_maml_upright", "omniglot_1shot_5way_maml_10000"),
 }
 # Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and a meta-step at which both were judged.
@@ -427,12 +431,13 @@ def inversion() -> Iterator[str]:
   yield "|---" * 5 + "|"
   for label, pair in INVERSION.items():
     paths = [RESULTS / folder for folder in pair]
-    for cell in ("1-shot inductive", ONE):
-      upright, inverted = (folders.finished(path)["cells"][cell] for path in paths)
+    before_and_since = [folders.finished(path)["cells"] for path in paths]
+    for cell in sorted(before_and_since[0]):
+      upright, inverted = (cells[cell] for cells in before_and_since)
       mean = inverted["accuracy"] - upright["accuracy"]
       interval = np.hypot(upright["interval95"], inverted["interval95"])
       if all((path / TEST_TASKS).is_file() for path in paths):  # the same tasks
-        before, since = (_of_tasks(path)[cell.removeprefix("1-shot ")] for path in paths)
+        before, since = (_of_tasks(path)[cell.split()[1]] for path in paths)
         mean, interval = metajax.mean_and_interval(since - before)
       shown = [label, cell, _percent(upright), _percent(inverted)]
       yield f"| {' | '.join(shown)} | {100 * mean:+.2f} +- {100 * interval:.2f} |"
