@@ -311,7 +311,7 @@ def test_images_of_the_right_size_are_opaque_and_have_8_bits():
 
 def test_two_programs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
   for name in "abc":
-    write_image(tmp_path / name / "0.bmp", 10, (4, 4), mode="L")
+    write_image(tmp_path / "images" / name / "0.bmp", 10, (4, 4), mode="L")
   both_have_written, write = threading.Barrier(2, timeout=60), np.savez
 
   def savez(*args, **arrays):
@@ -320,7 +320,12 @@ def test_two_programs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, "savez", savez)
   read = lambda _: metajax.data.from_folder(
-    tmp_path, size=(4, 4), mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
+    tmp_path / "images",
+    size=(4, 4),
+    mode="L",
+    test=1,
+    validation=0,
+    cache_dir=tmp_path / "cache",
   )
   with ThreadPoolExecutor(2) as pool:
     one, other = pool.map(read, range(2))
