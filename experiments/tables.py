@@ -326,18 +326,12 @@ _BOTH = ("5-shot inductive", "5-shot transductive")
 
 
 def of_combinations() -> Iterator[str]:
-  """The accuracies of Figure 3's curves, at full length and at a quarter of it."""
-  long, short = (
-    folders.finished(RESULTS / name)["curves"] for name in ("combinations", "combinations_10000")
-  )
+  """The accuracies of Figure 3's curves over seeds, at full length and at a quarter of it."""
   yield "| | 40,000 steps | transductive | 10,000 steps | transductive |"
   yield "|---" * 5 + "|"
   for name, (label, _) in combinations.CURVES.items():
-    cells = [_percent(long[name][cell]) for cell in _BOTH] + [
-      f"{100 * short[name][cell]['accuracy']:.2f} "
-      f"({100 * short[name][cell]['deviation_between_seeds']:.2f})"
-      for cell in _BOTH
-    ]
+    folders_of_seeds = [RESULTS / one / name for one in ("combinations", "combinations_10000")]
+    cells = [_over_seeds(folder, cell) for folder in folders_of_seeds for cell in _BOTH]
     yield f"| {label} | {' | '.join(cells)} |"
 
 
@@ -352,13 +346,8 @@ def differences() -> Iterator[str]:
   }
   yield "| after 40,000 steps | | transductive |"
   yield "|---|---|---|"
-  for label, (one, other) in pairs.items():
-    both = [_of_tasks(RESULTS / "combinations" / name / "seed0") for name in (one, other)]
-    cells = [
-      metajax.mean_and_interval(both[0][protocol] - both[1][protocol])
-      for protocol in ("inductive", "transductive")
-    ]
-    shown = [f"{100 * mean:.2f} +- {100 * interval:.2f}" for mean, interval in cells]
+  for label, names in pairs.items():
+    shown = [_difference(RESULTS / "combinations", *names, cell) for cell in _BOTH]
     yield f"| {label} | {' | '.join(shown)} |"
 
 
@@ -376,11 +365,23 @@ def two_steps() -> Iterator[str]:
   yield "|---" * 5 + "|"
   for label, folder in TWO_STEPS.items():
     shown = [f"{_by_seed(RESULTS / folder / name, FIVE).mean():.2f}" for name in ("last2", "sum2")]
-    for cell in reversed(_BOTH):
-      last, both = (_by_seed(RESULTS / folder / name, cell) for name in ("last2", "sum2"))
-      each = ", ".join(f"{one:+.2f}" for one in last - both)
-      shown.append(f"{(last - both).mean():+.2f} ({each})")
+    shown += [_difference(RESULTS / folder, "last2", "sum2", cell) for cell in reversed(_BOTH)]
     yield f"| {label} | {' | '.join(shown)} |"
+
+
+def _over_seeds(folder: Path, cell: str) -> str:
+  """The mean over the seeds of a curve and, if there are several, the deviation between them."""
+  found = _by_seed(folder, cell)
+  apart = f" ({found.std(ddof=1):.2f})" if len(found) > 1 else ""
+  return f"{found.mean():.2f}{apart}"
+
+
+def _difference(folder: Path, name: str, other: str, cell: str) -> str:
+  """The mean difference between two curves over the seeds that both have, and that of each seed."""
+  one, two = (_by_seed(folder / curve, cell) for curve in (name, other))
+  both = min(len(one), len(two))
+  apart = one[:both] - two[:both]
+  return f"{apart.mean():+.2f} ({', '.join(f'{each:+.2f}' for each in apart)})"
 
 
 def _by_seed(folder: Path, cell: str) -> np.ndarray:
