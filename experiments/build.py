@@ -214,8 +214,10 @@ def ship(
     return
   name, arguments = algorithms.inner_optimizer(recipe)
   shots, batch = max(recipe.shots_and_batches)
-  cells = about.get("accuracy", {})
-  of_shots = {name: cell for name, cell in cells.items() if name.startswith(f"{shots}-shot ")}
+  if "accuracy" in about:
+    cells = about["accuracy"].items()
+    of_shots = {name: cell for name, cell in cells if name.startswith(f"{shots}-shot ")}
+    about = {**about, "accuracy": of_shots}
   metajax.save(
     path,
     experiment.learner,
@@ -234,7 +236,6 @@ def ship(
       "meta_steps": int(state.step),
       "seed": recipe.seed,
       **about,
-      **({"accuracy": of_shots} if cells else {}),
     },
   )
 

@@ -321,10 +321,10 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   folder.check(folders.describe(splits), *states)
   keys = keys_of(recipe, mesh)
   like = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
-  for condition in states:
-    places = int(condition.removeprefix(_STATES))
-    of_run = lambda leaf, places=places: jnp.zeros((places, *leaf.shape[1:]), leaf.dtype)
-    like = like._replace(inner=jax.tree.map(of_run, like.inner))
+  if states:  # one for each place in the meta-batch, of which there may be others here
+    places = int(states[0].removeprefix(_STATES))
+    as_saved = lambda leaf: jnp.zeros((places, *leaf.shape[1:]), leaf.dtype)
+    like = like._replace(inner=jax.tree.map(as_saved, like.inner))
   with checkpoints(saved) as opened:
     find = {"newest": opened.restore, "best": opened.best}[which]
     found = find(metajax.programs.on_mesh(like, mesh))

@@ -333,7 +333,6 @@ LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inp
     (metajax.maml(other_loss(DENSE), optax.sgd(0.3)), DENSE, {"inner_optimizer": SGD}),
     (metajax.variants.imaml(loss_of(DENSE), optax.sgd(0.3), strength=5.0), DENSE, None),
     (metajax.reptile(loss_of(DENSE), optax.sgd(3.0)), DENSE, None),
-    (metajax.reptile(loss_of(DENSE), optax.sgd(jnp.float32(3.0))), DENSE, None),
     (metajax.reptile(loss_of(DENSE, "sum"), optax.sgd(0.3)), DENSE, None),
     (
       metajax.reptile(
@@ -344,16 +343,7 @@ LOUDER = DENSE._replace(apply=lambda params, inputs: 3 * DENSE.apply(params, inp
     ),
     (metajax.reptile(loss_of(LOUDER), optax.sgd(0.3)), LOUDER, None),
   ],
-  ids=[
-    "the same",
-    "in other words",
-    "implicit",
-    "rate",
-    "rate in an array",
-    "reduction",
-    "frozen",
-    "another apply",
-  ],
+  ids=["the same", "in other words", "implicit", "rate", "reduction", "frozen", "another apply"],
 )
 @pytest.mark.parametrize("rows", [1, 6])
 def test_a_file_that_would_adapt_otherwise_is_not_written(
@@ -362,8 +352,7 @@ def test_a_file_that_would_adapt_otherwise_is_not_written(
   learner = metajax.meta_learner(gradient, optax.adam(1e-3), metajax.serial(2))
   state = learner.init(model.init(KEY))
   inputs = np.asarray(RNG.normal(size=(rows, 4)), np.float32)
-  own = {"name": "sgd", "learning_rate": jnp.float32(0.3)} if settings is None else SGD
-  same = {"example_inputs": inputs, "inner_optimizer": own, "steps": 5, "batch_size": 3}
+  same = {"example_inputs": inputs, "inner_optimizer": SGD, "steps": 5, "batch_size": 3}
   write = lambda: metajax.save(tmp_path / "x.safetensors", learner, state, model, **same, loss=MEAN)
   if settings is not None:
     write()
@@ -371,6 +360,19 @@ def test_a_file_that_would_adapt_otherwise_is_not_written(
   with pytest.raises(ValueError, match="would not adapt as the learner does: give the learner's"):
     write()
   assert not list(tmp_path.iterdir())
+
+
+def test_rates_in_arrays_are_compared(tmp_path):
+  """The text of two programs does not show the numbers in their arrays."""
+  same = {"example_inputs": np.ones((1, 4), np.float32)}
+  rate = {"name": "sgd", "learning_rate": jnp.float32(0.3)}
+  write = lambda own: saved(
+    tmp_path / "x.safetensors", DENSE, optax.sgd(own), inner_optimizer=rate, **same
+  )
+  with pytest.raises(ValueError, match="would not adapt as the learner does"):
+    write(jnp.float32(3.0))
+  assert not list(tmp_path.iterdir())
+  write(jnp.float32(0.3))
 
 
 def one_hot(params, batch):
