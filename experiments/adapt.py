@@ -32,8 +32,9 @@ class Adaptation(Settings):
   unlabelled: str | None = option(None, "A folder with the images to predict.")
   out: str = option("predictions.csv", "The table; the picture is beside it, as a PNG.")
   protocol: Literal["inductive", "transductive"] = option("inductive",
-    "Whether each image is predicted alone beside the labelled ones, so that the others do not "
-    "matter, or all together, which is faster and, if all classes are among them, more accurate.")
+    "Whether each image is predicted in a batch with the labelled ones only, so that the others do "
+    "not matter, or all together, which is faster and, if all classes are among them, more "
+    "accurate.")
   unreadable: Literal["refuse", "skip"] = option("refuse",
     "Whether a file that is no readable image is an error, or is skipped with a warning.")
   adapt_seed: int = option(0, "Determines the minibatches of the adaptation.", at_least=0)

@@ -31,7 +31,7 @@ class Algorithm(NamedTuple):
     gradient: the meta-gradient.
     early: that of the first `recipe.early_steps` meta-steps, if it is another one.
     protocols: how test examples are predicted, by name.
-    frozen: parameters are not adapted whose names contain one of these; None if a learner file
+    frozen: parameters whose names contain one of these are not adapted; None if a learner file
       could not say how this algorithm adapts.
   """
 

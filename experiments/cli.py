@@ -58,7 +58,8 @@ def main(
       be checked beforehand and returns what to run. Its docstring heads the text of `--help`.
     *groups: settings with their default values.
     leave_out: settings that have no flag, since the experiment decides them.
-    implied: from the flags that were given to further ones, which count where they were not given.
+    implied: a function from the flags that were given to further ones. A given flag overrides
+      them.
   """
   name = Path(sys.argv[0]).stem
   try:
@@ -90,8 +91,8 @@ def main(
     jobs.stop()
     try:
       print(
-        "\nstopping as soon as the run can be resumed; once more to stop at once, and lose what is "
-        "not saved",
+        "\nstopping as soon as possible; press Ctrl-C again to stop at once, and lose what is not "
+        "saved",
         file=sys.stderr,
       )
     except OSError:  # the same Ctrl-C ended what this is piped into

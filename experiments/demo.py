@@ -39,7 +39,9 @@ class Demo(Settings):
     "omniglot_5way_reptile",
     "A learner file of 28 x 28 gray images, or the name of a learner of metajax.",
   )
-  port: int = option(8642, "Of the address; 0 for any that is free.", at_least=0)
+  port: int = option(
+    8642, "The port of the page's address; 0 chooses one that is free.", at_least=0
+  )
 
 
 class Recognizer:

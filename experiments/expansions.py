@@ -57,7 +57,7 @@ class Measurement(Settings):
 
   waves: int = option(20, "Tasks that expectations are over.", at_least=1)
   points: int = option(10, "Samples of a wave in a minibatch.", at_least=1)
-  meta_steps: int = option(400, "Outer steps of Figure 2.", at_least=1)
+  meta_steps: int = option(400, "The number of meta-steps of Figure 2.", at_least=1)
   seed: int = option(0, "Determines everything random.", at_least=0)
 
 
@@ -165,7 +165,7 @@ def to_circle(phi: jax.Array) -> jax.Array:
 def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
   """Runs Reptile with inner loops that reach the nearest solution.
 
-  Outer steps toward the line and toward the circle alternate. Their rate falls linearly to 0.
+  Meta-steps toward the line and toward the circle alternate. Their rate falls linearly to 0.
   """
   distances = [theory.half_squared_distance(project) for project in (to_line, to_circle)]
   mean = jax.jit(lambda phi: sum(distance(phi) for distance in distances) / 2)
@@ -280,7 +280,7 @@ def draw_figure2(result: dict[str, Any], path: Path) -> None:
     least = found["least_half_mean_squared_distance"]
     curve.plot(found["half_mean_squared_distance"], "k-", label="along the path")
     curve.axhline(least, color="r", ls=":", label=f"least, {least:.4f}")
-    curve.set(xlabel="outer steps", ylabel="E[D(phi, W)^2] / 2", yscale="log")
+    curve.set(xlabel="meta-steps", ylabel="E[D(phi, W)^2] / 2", yscale="log")
     curve.legend(fontsize=8)
     for axes in (plane, curve):
       axes.grid(alpha=0.3)

@@ -3,10 +3,10 @@
   python -m experiments.family --data_dir=DIR --out=DIR
 
 Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and on sine waves. A
-meta-step draws as many minibatches for all of them; what differs is what is computed from these,
-and so the seconds that it takes. Runs are independent: each has its own device, and several run at
-once. The same command resumes those on Omniglot that were interrupted. The run folder (--out) gets
-result.json, family.png and family.svg, and a folder for each run.
+meta-step draws the same number of minibatches for all of them. They differ in what they compute
+from these, and so in the seconds that a meta-step takes. Runs are independent: each has its own
+device, and several run at once. The same command resumes those on Omniglot that were interrupted.
+The run folder (--out) gets result.json, family.png and family.svg, and a folder for each run.
 """
 
 import time
@@ -57,8 +57,8 @@ class Family(Cost):
   """Which algorithms are compared, and for how long they are trained."""
 
   methods: tuple[str, ...] = option(tuple(FAMILY), f"Any of {', '.join(FAMILY)}.")
-  meta_steps: int = option(5_000, "Outer iterations on Omniglot.", at_least=1)
-  wave_steps: int = option(30_000, "Outer iterations on sine waves.", at_least=1)
+  meta_steps: int = option(5_000, "The number of meta-steps on Omniglot.", at_least=1)
+  wave_steps: int = option(30_000, "The number of meta-steps on sine waves.", at_least=1)
   eval_tasks: int = option(1_000, "Test tasks and waves of the final result.", at_least=2)
   seed: int = option(0, "Determines everything random.", at_least=0)
 

@@ -5,9 +5,10 @@
 Trains first-order MAML (FOMAML), with a separate and with a shared tail, and Reptile on 5-shot
 5-way Omniglot, with plain SGD and tasks of 100 training examples. The panels show the final
 accuracy (a) against the number of inner iterations, (b) against the inner batch size, and (c)
-against the outer step, for FOMAML with a shared tail and full batches. Each point is a run of
-`experiments.few_shot` on its own device and in its own folder, so the same command resumes runs
-that were interrupted. The run folder (--out) gets result.json, figure4.png and figure4.svg.
+against the initial outer learning rate, for FOMAML with a shared tail and full batches. Each point
+is a run of `experiments.few_shot` on its own device and in its own folder, so the same command
+resumes runs that were interrupted. The run folder (--out) gets result.json, figure4.png and
+figure4.svg.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ PANELS = {
 _LABELS = {
   "inner_steps": "inner iterations",
   "inner_batch": "inner batch size",
-  "outer_rate": "initial outer step, full batches",
+  "outer_rate": "initial outer learning rate, full batches",
 }
 
 _DECIDED = (

@@ -15,7 +15,8 @@ class Processes(Settings):
   """Several processes that share one run; see docs/devices.md."""
 
   distributed: bool = option(False,
-    "This is one of several processes, as Slurm or a cloud TPU announces it.")
+    "This process is one of several that share the run. JAX finds the others by what Slurm or the "
+    "cloud TPU says about them.")
   coordinator_address: str | None = option(None, "HOST:PORT of process 0.")
   num_processes: int | None = option(None, "How many processes share the run.", at_least=1)
   process_id: int | None = option(None, "Which of them this is, from 0.", at_least=0)

@@ -62,7 +62,9 @@ class Training(Settings):
     "Whether the inner optimizer's state is carried from task to task.")
   inner_batch: int = option(10, "Examples in an inner minibatch.", at_least=1)
   inner_steps: int = option(5,
-    "k, the minibatches of a training task, the tail included.", at_least=1)
+    "k, the number of minibatches of a training task. reptile takes an inner step on each; fomaml, "
+    "maml and their like take k - 1, and use the last minibatch, the tail, for the outer loss.",
+    at_least=1)
   least_steps: int | None = option(None,
     "If it is given, training tasks take different numbers of inner steps, from this one up to all "
     "that come before the tail.", at_least=1)
@@ -81,14 +83,14 @@ class Training(Settings):
   outer_clip: float | None = option(None,
     "Clips every entry of the outer gradient to [-outer_clip, outer_clip].", above=0)
   meta_batch: int = option(5, "T, the tasks of a meta-step.", at_least=1)
-  meta_steps: int = option(600, "Outer iterations.", at_least=1)
+  meta_steps: int = option(600, "The number of meta-steps.", at_least=1)
   execution: Literal["sharded", "vmap", "serial", "chunked"] = option("sharded",
     "How the tasks of a meta-batch run: spread over all devices, or on one device all at once, one "
     "after another, or --chunk at a time. With serial, one carried inner state serves all tasks; "
     "otherwise each place in the meta-batch has its own.")
   network: Literal["paper", "finn", "conv4", "resnet12"] = option("paper",
     "The paper's network for the data set, or that of Finn et al. (2017). conv4 and resnet12 take "
-    "images of any size; data sets that are not in the paper need one of them.")
+    "images of any size; cifar_fs, fc100 and folder need one of them.")
   filters: int | None = option(None,
     "Filters of every convolution; by default those of the paper.", at_least=1)
   adapt_norm: bool = option(True,
@@ -103,13 +105,14 @@ class Training(Settings):
     "Meta-steps between two points of the learning curve. The state is saved at each.", at_least=1)
   curve_tasks: int = option(50, "Tasks of each split at each point of the curve.", at_least=2)
   curve_splits: tuple[str, ...] = option(("train", "test"),
-    "Of train, validation and test: which tasks the learning curve is of. The best checkpoint is "
-    "chosen on validation tasks, or without them on training tasks, never on test tasks.")
+    "The tasks that the learning curve is measured on: one or more of train, validation and test, "
+    "separated by commas. The best checkpoint is chosen on validation tasks, or without them on "
+    "training tasks, never on test tasks.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judging(Settings):
-  """How a trained learner is judged. A finished run can be judged again by others, with --judge."""
+  """How a learner is judged. With --judge, it is judged again with other values of these."""
 
   eval_shots: tuple[int, ...] = option((5,),
     "Examples of each class to adapt on. Several numbers are judged one by one.", at_least=1)
@@ -152,7 +155,9 @@ class Recipe(Training, Judging, Cost):
         raise ValueError(f"--{name}={getattr(self, name)} must be below 2^31, to be counted")
     self.shots_and_batches  # noqa: B018, raises what is wrong with them
     if set(self.curve_splits) - {"train", "validation", "test"}:
-      raise ValueError("--curve_splits must be of train, validation and test, with commas")
+      raise ValueError(
+        "--curve_splits must be one or more of train, validation and test, separated by commas"
+      )
     self._check_data()
     self._check_inner_loop()
     if self.chunk is not None and self.execution not in ("chunked", "sharded"):
@@ -180,12 +185,12 @@ class Recipe(Training, Judging, Cost):
         "data, as --dataset=omniglot or --dataset=folder, or leave --data_dir out"
       )
     if self.omniglot_protocol != "pooled" and self.dataset != "omniglot":
-      raise ValueError("--omniglot_protocol is of --dataset=omniglot: leave it out")
+      raise ValueError("--omniglot_protocol applies to --dataset=omniglot only: leave it out")
     if self.dataset == "folder":
       return
     for name in ("image_size", "image_mode", "min_examples", "unreadable"):
       if getattr(self, name) is not None:
-        raise ValueError(f"--{name} is of --dataset=folder: leave it out")
+        raise ValueError(f"--{name} applies to --dataset=folder only: leave it out")
 
   @property
   def data_name(self) -> str:
@@ -212,7 +217,9 @@ class Recipe(Training, Judging, Cost):
           "give one for each"
         )
     if self.tail == "shared" and self.tail_shots != 1:
-      raise ValueError("--tail_shots is of --tail=separate: use that, or leave --tail_shots out")
+      raise ValueError(
+        "--tail_shots applies to --tail=separate only: use that, or leave --tail_shots out"
+      )
     if self.held_back >= self.train_shots:
       raise ValueError(
         f"--tail_shots={self.held_back} leaves none of --train_shots={self.train_shots} to adapt "
@@ -234,7 +241,7 @@ class Recipe(Training, Judging, Cost):
   def _check_algorithm(self) -> None:
     given = f"--algorithm={self.algorithm}"
     if self.inner_eps_root and self.inner_optimizer != "adam":
-      raise ValueError("--inner_eps_root is of --inner_optimizer=adam: leave it out")
+      raise ValueError("--inner_eps_root applies to --inner_optimizer=adam only: leave it out")
     through_adam = self.algorithm in _SECOND_ORDER and self.inner_optimizer == "adam"
     if through_adam and in_float32(self.inner_eps_root) == 0:
       raise ValueError(
@@ -264,7 +271,9 @@ class Recipe(Training, Judging, Cost):
     if self.algorithm == "scratch" and self.meta_steps > 1:
       raise ValueError(f"{given} learns nothing: use --meta_steps=1")
     if self.early_steps is not None and self.algorithm not in ("multi_step", "annealed"):
-      raise ValueError("--early_steps is of multi_step and annealed: leave it out")
+      raise ValueError(
+        "--early_steps applies to --algorithm=multi_step and annealed only: leave it out"
+      )
     if self.early_steps is not None and self.early_steps >= self.meta_steps:
       raise ValueError(
         f"{given} would never become MAML: --early_steps={self.early_steps} must be below "
@@ -275,7 +284,7 @@ class Recipe(Training, Judging, Cost):
         f"--least_steps and --least_shots are of no use with {given}: leave them out"
       )
     if self.strength is not None and self.algorithm != "imaml":
-      raise ValueError("--strength is of imaml: leave it out")
+      raise ValueError("--strength applies to --algorithm=imaml only: leave it out")
     if self.least_steps is not None and self.least_steps > self.inner_steps - 1:
       raise ValueError(
         f"--least_steps={self.least_steps} is more than the {self.inner_steps - 1} inner steps "
@@ -283,7 +292,9 @@ class Recipe(Training, Judging, Cost):
       )
     if self.least_shots is not None:
       if self.minibatches != "cycling":
-        raise ValueError("--least_shots is of --minibatches=cycling: leave one of them out")
+        raise ValueError(
+          "--least_shots needs --minibatches=cycling: change that, or leave --least_shots out"
+        )
       if self.least_shots > self.train_shots - self.held_back:
         raise ValueError(f"--least_shots={self.least_shots} is more than there are: lower it")
 
@@ -336,7 +347,7 @@ def _finn(
 
   Their loss is `ways` times the mean over a minibatch, so that the rate on the mean is larger by as
   much. Each of their updates takes the whole support set, and then comes the loss on the queries: k
-  is their number of updates and 1. They clip the gradient of a loss that is the sum over the
+  is their number of updates plus 1. They clip the gradient of a loss that is the sum over the
   queries, divided by the shots.
   """
   return Recipe(

@@ -255,8 +255,9 @@ def complete(recipe: Recipe, folder: RunFolder) -> Line | None:
   judged = {cell["tasks"] for cell in result["cells"].values()} if result else set()
   if judged - {recipe.eval_tasks}:
     raise ValueError(
-      f"{folder.path} is complete, with --eval_tasks={judged.pop()}: to judge it on "
-      f"{recipe.eval_tasks} tasks, add --judge=newest"
+      f"{folder.path} is complete, judged on {judged.pop()} tasks: to judge it on "
+      f"{recipe.eval_tasks}, run few_shot with --out={folder.path} --judge=newest "
+      f"--eval_tasks={recipe.eval_tasks}, and --data_dir where the data needs it"
     )
   return result
 

@@ -60,7 +60,7 @@ def _check(setting: Field, hint: Any, value: Any) -> None:
     numbers = value
   else:
     if not _is(kind, value):
-      names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+      names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
       raise ValueError(f"{given} must be {names[kind]}")
     numbers = (value,)
   for number in numbers:
@@ -71,7 +71,7 @@ def _check(setting: Field, hint: Any, value: Any) -> None:
     if "above" in limits and not limits["above"] < in_float32(number) < math.inf:
       raise ValueError(f"{given} must be positive and finite")
     if "not_below" in limits and not limits["not_below"] <= in_float32(number) < math.inf:
-      raise ValueError(f"{given} must not be negative, and finite")
+      raise ValueError(f"{given} must be finite and not negative")
 
 
 def _is(kind: type, value: Any) -> bool:

@@ -24,7 +24,7 @@ from experiments import cli, folders, jobs, plots
 from experiments.settings import Settings, option, values_of
 
 GRADIENT_STEPS = 32
-_INNER_RATE = 0.02  # from the authors' script, like minibatches of 10 and the outer step 0.1
+_INNER_RATE = 0.02  # from the authors' script, like minibatches of 10 and the outer rate 0.1
 _POINTS, _GRID = 10, 50
 _CURVE_TASKS = 100
 _CONDITION = "sine waves, drawn from the seed"
@@ -38,7 +38,7 @@ INNER = optax.sgd(_INNER_RATE)
 class Waves(Settings):
   """How long each method is trained, and on how many waves it is judged."""
 
-  meta_steps: int = option(100_000, "Outer iterations.", at_least=1)
+  meta_steps: int = option(100_000, "The number of meta-steps.", at_least=1)
   eval_tasks: int = option(1_000, "New waves of the final result.", at_least=2)
   seed: int = option(0, "Determines everything random.", at_least=0)
 
@@ -146,7 +146,7 @@ def report_on(params: Any, keys: Keys, num_tasks: int) -> dict[str, Any]:
 
 
 def train(name: str, waves: Waves, out: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Trains one of `methods()`, with an outer step that falls linearly to 0, and judges it."""
+  """Trains one of `methods()`, with an outer rate that falls linearly to 0, and judges it."""
   folder = folders.RunFolder(out / name, values_of(waves, Waves))
   folder.begin(_CONDITION)
   complete = folder.result()

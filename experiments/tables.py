@@ -273,7 +273,7 @@ def of_family() -> Iterator[str]:
   result = folders.finished(RESULTS / "family")
   steps = result["steps"]
   yield (
-    "| algorithm | Omniglot | transductive | ms a meta-step | waves, "
+    "| algorithm | Omniglot, inductive | transductive | ms a meta-step | waves, "
     + " | ".join(f"{step} {'step' if step == 1 else 'steps'}" for step in steps[1:])
     + " | ms a meta-step |"
   )
@@ -327,7 +327,12 @@ _BOTH = ("5-shot inductive", "5-shot transductive")
 
 def of_combinations() -> Iterator[str]:
   """The accuracies of Figure 3's curves over seeds, at full length and at a quarter of it."""
-  yield "| | 40,000 steps | transductive | 10,000 steps | transductive |"
+  columns = [
+    f"{steps} steps, {cell}"
+    for steps in ("40,000", "10,000")
+    for cell in ("inductive", "transductive")
+  ]
+  yield f"| | {' | '.join(columns)} |"
   yield "|---" * 5 + "|"
   for name, (label, _) in combinations.CURVES.items():
     folders_of_seeds = [RESULTS / one / name for one in ("combinations", "combinations_10000")]
@@ -344,7 +349,7 @@ def differences() -> Iterator[str]:
     "g3 - g2": ("last3", "last2"),
     "g2 - (g1 + g2)": ("last2", "sum2"),
   }
-  yield "| after 40,000 steps | | transductive |"
+  yield "| after 40,000 steps | inductive | transductive |"
   yield "|---|---|---|"
   for label, names in pairs.items():
     shown = [_difference(RESULTS / "combinations", *names, cell) for cell in _BOTH]
@@ -353,7 +358,7 @@ def differences() -> Iterator[str]:
 
 # What distinguishes the runs of g2 and g1 + g2, and where they are.
 TWO_STEPS = {
-  "40,000 steps, outer step 0.25 to 0": "combinations",
+  "40,000 steps, outer learning rate 0.25 to 0": "combinations",
   "10,000 steps, 0.25 to 0": "two_steps_10000",
   "10,000 steps, 0.25 throughout": "two_steps_constant",
 }
@@ -361,7 +366,7 @@ TWO_STEPS = {
 
 def two_steps() -> Iterator[str]:
   """Two-step first-order MAML and Reptile on the same test tasks, and their difference by seed."""
-  yield "| runs | g2 | g1 + g2 | g2 - (g1 + g2) | the same, inductive |"
+  yield "| runs | g2 | g1 + g2 | g2 - (g1 + g2) | g2 - (g1 + g2), inductive |"
   yield "|---" * 5 + "|"
   for label, folder in TWO_STEPS.items():
     shown = [f"{_by_seed(RESULTS / folder / name, FIVE).mean():.2f}" for name in ("last2", "sum2")]
@@ -497,7 +502,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
   "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
   "overlap_c": lambda: _panel(
-    "c", "initial outer step, full batches of 100", lambda step: f"2^{np.log2(step):g}"
+    "c", "initial outer learning rate, full batches of 100", lambda step: f"2^{np.log2(step):g}"
   ),
 }
 

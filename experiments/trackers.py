@@ -32,7 +32,9 @@ def check(names: Sequence[str]) -> None:
   """Checks that the trackers are known and installed."""
   for name in names:
     if name not in NAMES:
-      raise ValueError(f"--track={name} must be of {', '.join(NAMES)}, separated by commas")
+      raise ValueError(
+        f"--track={name} must be one or more of {', '.join(NAMES)}, separated by commas"
+      )
     try:
       importlib.import_module(_MODULES[name])
     except ImportError as error:

@@ -56,14 +56,14 @@ class Checkpoints(NamedTuple):
     save: `(state, extra=None) -> None` saves a state under its own step, completely or not at all.
       It returns before everything is written, and the state may be donated then. `extra` is
       anything that JSON can hold. Raises OSError if this checkpoint or the one before cannot be
-      written.
+      written, and ValueError if the step is saved already or JSON cannot hold `extra`.
     rate: `(step, score) -> None` gives a saved checkpoint its score, or says with None that it has
       none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
       written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
       checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
-      all are damaged.
+      all are damaged or, where several processes share the run, if the newest one is.
     best: the same for the checkpoint with the highest score, which need not be among the newest.
     close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
@@ -122,7 +122,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       text = json.dumps(beside_state, default=lambda number: number.item())
     except (TypeError, ValueError, AttributeError) as error:
       raise ValueError(
-        f"extra must be numbers, texts, lists and dicts of them ({error})"
+        f"extra must be numbers, strings, lists and dicts of them ({error})"
       ) from error
     beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:

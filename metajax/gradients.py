@@ -137,8 +137,8 @@ def maml(
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
     optimizer: the inner optimizer.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
-    remat: recompute each inner step in the backward pass, which takes less memory and more time. It
-      is meant for `mixed_mode=False`; mixed mode keeps no activations that could be recomputed.
+    remat: compute each inner step again in the backward pass, which takes less memory. It is meant
+      for `mixed_mode=False`; mixed mode keeps no activations that could be computed again.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
       keeps no tape of the inner gradients, so it takes less memory and no more time. Give False,
       which differentiates through the inner gradients in reverse mode, if the `loss_fn` has a

@@ -62,7 +62,7 @@ class Recipe(NamedTuple):
     batch_size: the examples in the minibatch of a step.
     loss: a function of `metajax.losses` and its reduction, as `{"name": "cross_entropy",
       "reduction": "mean"}`.
-    frozen: inner steps do not move parameters whose names contain one of these texts.
+    frozen: inner steps do not move parameters whose names contain one of these strings.
     network: the `Model.spec` of the network, or None for a network of the user's own.
     carried: whether every task starts from the optimizer's trained state, as with
       `metajax.carried`.
@@ -152,21 +152,22 @@ def save(
     steps: the number of inner steps of an adaptation.
     batch_size: the examples in the minibatch of a step.
     loss: as `{"name": "cross_entropy", "reduction": "mean"}`.
-    frozen: inner steps do not move parameters whose names contain one of these texts.
+    frozen: inner steps do not move parameters whose names contain one of these strings.
     about: anything else that JSON can hold, such as class names, accuracy or data.
 
   Raises:
     ValueError: if an argument has the wrong type or an unknown name, the parameters are not finite
       or do not fit the model, `frozen` names no parameter, or the file would not adapt as the
-      learner does. Nothing is written then. A warning says so if the two cannot be compared, since
-      the learner's loss takes a key.
+      learner does. Nothing is written then. A warning is given if the two cannot be compared,
+      because the learner's loss takes a key or targets of another form. Several processes compare
+      their programs only, and not the results.
     OSError: if the file cannot be written.
   """
   path, example_inputs = Path(path), _arrays(example_inputs)
   if not isinstance(model, Model):
     raise ValueError(f"model must be a metajax.Model, not {type(model).__name__}")
   if isinstance(frozen, str):
-    raise ValueError(f"frozen must be several names, as ({frozen!r},), not one text")
+    raise ValueError(f"frozen must be several names, as ({frozen!r},), not one string")
   for name, number in (("steps", steps), ("batch_size", batch_size)):
     if not isinstance(number, int | np.integer):
       raise ValueError(f"{name} must be a whole number, not {number!r}")
@@ -192,7 +193,7 @@ def save(
     content = json.loads(json.dumps(recipe._asdict(), default=_number))
   except TypeError as error:
     raise ValueError(
-      f"a recipe must be numbers, texts, lists and dicts of them ({error})"
+      f"a recipe must be numbers, strings, lists and dicts of them ({error})"
     ) from error
   if not all_finite(params):
     raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
@@ -393,7 +394,8 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
     inputs, labels = _fitting(recipe, inputs), np.asarray(labels)
     if np.shape(labels)[:1] != (num_examples(inputs),):
       raise ValueError(
-        f"{num_examples(inputs)} inputs and labels {labels.shape}: give one for each"
+        f"there are {num_examples(inputs)} inputs, and labels of shape {labels.shape}: give one "
+        "label for each input"
       )
     if recipe.loss["name"] == "squared_error":
       if not np.all(np.isfinite(labels)):

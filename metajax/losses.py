@@ -25,7 +25,8 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
 
   Raises:
     ValueError: for any other reduction; when called, if the labels are not integers `[n, ...]`, one
-      for each row of logits.
+      for each row of logits, from 0 to classes - 1. Inside of `jit`, where the labels are not
+      known, one that is out of range makes the loss and its gradient NaN instead.
   """
 
   def per_example(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -50,7 +51,9 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
 
   def per_example(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     if outputs.shape != targets.shape:
-      raise ValueError(f"outputs {outputs.shape} and targets {targets.shape} must have one shape")
+      raise ValueError(
+        f"outputs {outputs.shape} and targets {targets.shape} must have the same shape"
+      )
     return jnp.sum(jnp.square(outputs - targets).reshape(outputs.shape[0], -1), axis=1)
 
   return _reduced(apply, per_example, reduction)
@@ -59,10 +62,11 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
   """The fraction of `outputs [..., classes]` whose largest entry is at the label, `targets [...]`.
 
-  It is NaN if an output is NaN, or a label is not from 0 to classes - 1.
+  It is NaN if an output is NaN.
 
   Raises:
-    ValueError: if the labels are not integers `[...]`, or are known and out of range.
+    ValueError: if the labels are not integers `[...]` from 0 to classes - 1. Inside of `jit`, where
+      the labels are not known, the accuracy is NaN instead if one is out of range.
   """
   _check_labels(outputs, targets)
   known = _are_classes(outputs, targets) & ~jnp.isnan(outputs).any(axis=-1)

@@ -19,7 +19,7 @@ from metajax.types import Episode, Examples, LossFn, Params
 
 
 class Expansion(NamedTuple):
-  """The two directions of Section 5.1, each a tree like the parameters.
+  """The two directions of Section 5.1, each a pytree like the parameters.
 
   Attributes:
     avg_grad: E[L'], the gradient of the expected loss.
@@ -65,7 +65,7 @@ def expansion(loss_fn: LossFn, params: Params, minibatches: Examples) -> Expansi
   Args:
     loss_fn: `(params, batch) -> scalar`.
     params: phi.
-    minibatches: `[T, k, b, ...]`, for T tasks k >= 2 minibatches of b examples.
+    minibatches: `[T, k, b, ...]`, k >= 2 minibatches of b examples for each of T tasks.
 
   Raises:
     ValueError: if k is 1, so that there is no pair of minibatches.
@@ -102,7 +102,7 @@ def expected_gradient(meta_gradient: MetaGradient, params: Params, minibatches: 
   Args:
     meta_gradient: the estimator, for one task.
     params: phi.
-    minibatches: `[T, k, b, ...]`, for T tasks k minibatches of b examples.
+    minibatches: `[T, k, b, ...]`, k minibatches of b examples for each of T tasks.
   """
   k = _num_minibatches(minibatches)
   forwards = (np.arange(k) + np.arange(k)[:, None]) % k

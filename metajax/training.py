@@ -104,7 +104,7 @@ def train(
   parameters. Data that the samplers close over becomes an argument of the compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
-  float32. A warning says so if most of a step is lost to rounding.
+  float32. A warning is given if rounding changes its direction (a cosine below 0.9).
 
   Args:
     learner: from `meta_learner`.
@@ -309,9 +309,9 @@ def _warn_if_steps_are_lost(
   cosine = a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), np.finfo(np.float32).tiny)
   if cosine < 0.9 and b.any():  # a rate may begin at 0
     warnings.warn(
-      "most of a meta-step is lost to rounding, since the parameters have fewer than 32 bits: the "
-      f"cosine between the first meta-step and the same step in float32 is {cosine:.2f}. Keep the "
-      "parameters in float32, and let the network compute in fewer bits",
+      "rounding changes the direction of a meta-step, since the parameters have fewer than 32 "
+      "bits: the cosine between the first meta-step and the same step in float32 is "
+      f"{cosine:.2f}. Keep the parameters in float32, and let the network compute in fewer bits",
       stacklevel=3,
     )
 

@@ -18,7 +18,7 @@ PRNGKey = jax.Array
 
 
 class Examples(NamedTuple):
-  """Inputs and targets, trees of arrays that share one leading axis `[n, ...]`."""
+  """Inputs and targets, pytrees of arrays that share one leading axis `[n, ...]`."""
 
   inputs: Any
   targets: Any
@@ -80,14 +80,14 @@ def num_examples(examples: Any) -> int:
   if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
     found = ", ".join(map(str, shapes)) or "no array"
     raise ValueError(
-      f"examples are arrays [n, ...] of one n, not {found}: give each the same leading axis, as "
+      f"the arrays of examples must have the same leading axis n, not the shapes {found}: give as "
       "many targets as inputs"
     )
   return shapes[0][0]
 
 
 def leaf_name(path: Any) -> str:
-  """The name of a leaf from its path in a tree, such as `Dense_0/kernel`."""
+  """The name of a leaf from its path in a pytree, such as `Dense_0/kernel`."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

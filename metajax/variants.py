@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from metajax import checks
 from metajax.gradients import MetaGradient, appended, maml, reptile, tail_key
@@ -80,7 +81,8 @@ class WithRates(NamedTuple):
 
   Attributes:
     params: phi.
-    rates: alpha, a rate for each number in phi, or any array for a parameter that it broadcasts to.
+    rates: alpha; for each array of parameters, an array of rates of the same shape, or of one that
+      broadcasts to it.
   """
 
   params: Params
@@ -161,7 +163,7 @@ def cavia(
   Args:
     loss_fn: as for `maml`, a function of `WithContext`.
     optimizer: the inner optimizer, which moves the context.
-    context: a tree of arrays or shapes like the context of one task.
+    context: a pytree of arrays or shapes like the context of one task.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
     **options: of `maml`.
 
@@ -284,8 +286,12 @@ def imaml(
       curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
       return jax.tree.map(lambda v, c: v + c / strength, vector, curvature)
 
-    gradient, _ = jax.scipy.sparse.linalg.cg(product, gradient, maxiter=iterations)
-    return gradient, end_task(inner, learner), appended(info, last, metrics)
+      # One vector: under vmap, this solver refuses arrays whose batch axes differ.
+
+    vector, as_params = ravel_pytree(gradient)
+    times = lambda vector: ravel_pytree(product(as_params(vector)))[0]
+    solution, _ = jax.scipy.sparse.linalg.cg(times, vector, maxiter=iterations)
+    return as_params(solution), end_task(inner, learner), appended(info, last, metrics)
 
   return plain._replace(init=init, estimate=estimate)
 

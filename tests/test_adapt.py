@@ -112,7 +112,7 @@ REFUSALS = [
   ({"network": "paper"}, "--dataset=folder needs .* and --network=conv4 or --network=resnet12"),
   ({"dataset": "fc100", "image_size": None, "image_mode": None, "data_dir": None}, "needs --data_"),
   ({"network": "resnet12"}, "--filters is of no use with --network=resnet12"),
-  ({"dataset": "omniglot"}, "--image_size is of --dataset=folder: leave it out"),
+  ({"dataset": "omniglot"}, "--image_size applies to --dataset=folder only: leave it out"),
   ({"data_dir": None}, "--dataset=folder needs --data_dir"),
   (
     {"ways": 3, "eval_shots": (4,), "train_shots": 5},

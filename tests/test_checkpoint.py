@@ -248,7 +248,7 @@ def test_a_step_is_saved_once(tmp_path, states):
 def test_extra_may_hold_numpy_scalars_and_nothing_that_json_does_not(tmp_path, states):
   with checkpoints(tmp_path) as saved:
     saved.save(states[0], {"loss": np.float32(0.5), "count": np.int64(3)})
-    with pytest.raises(ValueError, match="extra must be numbers, texts, lists and dicts"):
+    with pytest.raises(ValueError, match="extra must be numbers, strings, lists and dicts"):
       saved.save(states[1], {"state": object()})
   assert restored(tmp_path).extra == {"loss": 0.5, "count": 3}
 

@@ -198,7 +198,7 @@ def test_a_run_is_judged_again_without_training(tmp_path, glyphs, one_device, mo
   of_the_run = folders.read_lines(out, "test_tasks.jsonl")
   monkeypatch.setattr(metajax, "train", None)  # nothing is trained
   many = replace(recipe, eval_tasks=60)
-  with pytest.raises(ValueError, match=r"with --eval_tasks=25: to judge it on 60 .*--judge=newest"):
+  with pytest.raises(ValueError, match=r"judged on 25 tasks: to judge it on 60, .*--judge=newest"):
     few_shots(many, out=str(out))
   few_shots(many, judge="newest", out=str(out))
   judged = out / "judged" / "step4"

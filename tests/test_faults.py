@@ -163,7 +163,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_how_to_go_on(
   code, _, said = finish(process)
   assert code == 128 + number
   assert said[-1].startswith("few_shot: stopped at ") and "the same command goes on" in said[-1]
-  assert len(said) == 2 and said[0].startswith("stopping as soon as the run can be resumed; once")
+  assert len(said) == 2 and said[0].startswith("stopping as soon as possible; press Ctrl-C")
   stopped_at = re.search(r"meta-step (\d+)", said[-1])
   code, text, _ = finish(start(cache, out))
   assert code == 0

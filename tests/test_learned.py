@@ -289,7 +289,7 @@ REFUSALS = [
     lambda: ({}, {"inner_optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}}),
     "the inner state is not that of this optimizer",
   ),
-  (lambda: ({}, {"about": {"x": object()}}), "numbers, texts, lists and dicts of them"),
+  (lambda: ({}, {"about": {"x": object()}}), "numbers, strings, lists and dicts of them"),
   (
     lambda: ({}, {"loss": {"name": "hinge"}}),
     "loss must be one of cross_entropy, squared_error with",
@@ -492,7 +492,7 @@ BAD_TASKS = [
   (IMAGES[:0], [], {}, "there is no input: give at least one"),
   (IMAGES, [1.0, 2.0, np.nan] * 3, {}, "labels must be integers or strings, not float64"),
   ({"x": IMAGES}, LABELS, {}, r"inputs must be uint8 \[n, 6, 5, 1\], not 'x'"),
-  (IMAGES, LABELS[:4], {}, r"9 inputs and labels \(4,\): give one for each"),
+  (IMAGES, LABELS[:4], {}, r"9 inputs, and labels of shape \(4,\): give"),
   (IMAGES, range(9), {}, "at most 3 classes apart, and there are 9: leave some out"),
   (IMAGES, LABELS, {"protocol": "both"}, "'inductive' or 'transductive', not 'both'"),
 ]

@@ -67,5 +67,5 @@ def test_the_reduction_must_be_named():
 
 
 def test_squared_error_does_not_broadcast():
-  with pytest.raises(ValueError, match="must have one shape"):
+  with pytest.raises(ValueError, match="must have the same shape"):
     evaluate(losses.squared_error, "sum", np.zeros((3, 1)), np.zeros(3))

@@ -28,7 +28,8 @@ SMALLER = {
   },
   "docs/networks.md": {"jax.random.key(3), 600)": "jax.random.key(3), 100)"},
   "docs/recipes.md": {
-    'metajax.models.conv4(28, ways=5, filters=8, downsample="stride")': "small_network()"
+    'metajax.models.conv4(28, ways=5, filters=8, downsample="stride")': "small_network()",
+    'metajax.models.conv4(28, ways=64, filters=8, downsample="stride")': "small_network()",
   },
   "docs/normalization.md": {"filters=8": "filters=2"},
 }

@@ -252,6 +252,32 @@ def test_imaml_minimizes_the_losses_of_the_minibatches(x64):
   np.testing.assert_allclose(shorter, expected, rtol=1e-6)
 
 
+def test_imaml_of_convolutions_runs_several_tasks_at_once(x64):
+  """Under vmap, the arrays of a gradient have their batch axes in different places."""
+
+  def network(params, images):
+    hidden = jax.lax.conv_general_dilated(
+      images, params["kernel"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.tanh(hidden.reshape(len(images), -1)) @ params["head"]
+
+  rng = np.random.default_rng(6)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+  params = {"kernel": draw(2, 2, 1, 2), "head": draw(8, 3)}
+  examples = lambda n: metajax.Examples(draw(2, n, 4, 4, 1), jnp.tile(jnp.arange(n) % 3, (2, 1)))
+  schedule = jnp.tile(jnp.arange(6, dtype=jnp.int32), (2, 3, 1))
+  episodes = metajax.Episode(examples(6), schedule, examples(3))
+  gradient = imaml(metajax.losses.cross_entropy(network, reduction="mean"), optax.sgd(0.1), 2.0)
+  lifted = metajax.vmapped(2).lift(gradient)
+  found, _, _ = jax.jit(lifted.estimate)(params, lifted.init(params), episodes)
+  each = [
+    jax.jit(gradient.estimate)(params, (), jax.tree.map(lambda leaf, i=i: leaf[i], episodes))[0]
+    for i in range(2)
+  ]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, mean)
+
+
 def test_imaml_is_refused_what_it_cannot_do():
   params = start()
   with pytest.raises(ValueError, match="this inner optimizer leaves body/w as it is: use maml"):

@@ -116,7 +116,8 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
       part = "val" if path.name in ("valid", "validation") else path.name
       if part not in SPLITS or part in parts:
         raise DataError(
-          f"{folder} holds {path.name} beside train and test: it should hold train, test and val"
+          f"{folder} holds {path.name} beside train and test: it should hold train, test and, if "
+          "you like, val"
         )
       parts[part] = [path]
   return {part: parts[part] for part in SPLITS if part in parts}

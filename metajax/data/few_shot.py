@@ -21,7 +21,7 @@ class Classes(NamedTuple):
   """Examples sorted by class. Classes may differ in size.
 
   Attributes:
-    inputs: a tree of arrays `[m, ...]`, all examples, grouped by class, in their storage dtype.
+    inputs: a pytree of arrays `[m, ...]`, all examples, grouped by class, in their storage dtype.
     starts: int32 `[c]`, the row of the first example of each class.
     sizes: int32 `[c]`, the number of examples of each class.
     names: the label of each class, as the user wrote it.
@@ -53,7 +53,7 @@ def from_arrays(
   """Makes classes from a user's own arrays in memory.
 
   Args:
-    inputs: an array or a list `[m, ...]`, or a tree of such arrays, which is made of dicts and
+    inputs: an array or a list `[m, ...]`, or a pytree of such arrays, which is made of dicts and
       tuples, as `{"tokens": ..., "mask": ...}`.
     labels: integers or strings `[m]`. Each distinct value is a class, in increasing order, and is
       kept as the name of the class.
@@ -189,9 +189,10 @@ def sample_task(classes: Classes, *, ways: int, train_shots: int, test_shots: in
   """Makes a sampler of tasks: `ways` classes, `train_shots + test_shots` distinct examples of each.
 
   Args:
-    classes: the classes to draw from. The sampler closes over their arrays, so jit compiles them
-      into the program as constants. If they are large, pass `inputs` to the jitted function as an
-      argument, and give `classes._replace(inputs=inputs)` here.
+    classes: the classes to draw from. The sampler closes over their arrays. `train` and `judge`
+      pass them to the compiled program as arguments. If you call `jax.jit` yourself, they become
+      constants of the program. If they are large, pass `inputs` to the jitted function as an
+      argument then, and give `classes._replace(inputs=inputs)` here.
     ways: the number of classes in a task; their labels are 0 ... ways - 1.
     train_shots: the number of training examples of each class.
     test_shots: the number of test examples of each class.

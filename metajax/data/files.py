@@ -42,7 +42,11 @@ class DataError(ValueError):
 
 
 def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
-  """The folder of prepared data: `cache_dir`, else `$METAJAX_CACHE`, else `~/.cache/metajax`."""
+  """The folder of prepared data.
+
+  It is `cache_dir` if given, else `$METAJAX_CACHE`, else `metajax` in `$XDG_CACHE_HOME` or
+  `~/.cache`.
+  """
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   chosen = cache_dir or os.environ.get("METAJAX_CACHE") or Path(base) / "metajax"
   return Path(chosen).expanduser().absolute()

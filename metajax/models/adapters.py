@@ -41,7 +41,7 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
 
   Args:
     module: called with one argument, the inputs.
-    example_inputs: an array (or tree) of the inputs' shape, `[n, ...]`.
+    example_inputs: an array (or a pytree of arrays) of the inputs' shape, `[n, ...]`.
 
   Raises:
     ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
@@ -79,7 +79,8 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
   """Makes a model from a Flax NNX module that has parameters and no other variables.
 
   Args:
-    make: `nnx.Rngs -> nnx.Module`, called with one argument, the inputs.
+    make: a function from `nnx.Rngs` to a module. The module is called with one argument, the
+      inputs.
 
   Raises:
     ValueError: in `init`, if the module has state besides parameters.
@@ -133,7 +134,7 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   The vmapped axis is named `"batch"`, for layers such as `metajax.models.equinox.BatchStatsNorm`.
 
   Args:
-    make: `key -> eqx.Module`.
+    make: a function from a key to a module.
 
   Raises:
     ValueError: in `init`, if the module has arrays that are not floating point.

@@ -235,9 +235,10 @@ def conv4(
   head: Head = "flatten",
   method: Method | None = None,
 ) -> Model:
-  """The field's small network, for images of any size: 4 x [conv 3x3; norm; ReLU; half], dense.
+  """The field's small network, for images of any size.
 
-  `omniglot` and `mini_imagenet` are the instances of the paper.
+  It is 4 x [3x3 convolution; batch normalization; ReLU; halving of height and width], and a dense
+  layer. `omniglot` and `mini_imagenet` are the instances of the paper.
 
   Args:
     size: height and width of the images, or one number for both.
