@@ -52,13 +52,16 @@ def program(adaptation: Adaptation) -> Callable[[], Any]:
   learned = metajax.load(learner)
   known = _images(learned, labelled, adaptation)
   others = _images(learned, unlabelled, adaptation)
-  flat = [name for name in known.names if "/" not in name]
-  if flat:
+  other = [name for name in known.names if name.count("/") != 1]
+  if other:
     raise ValueError(
-      f"--labelled={labelled} holds {flat[0]} outside of a class folder: it should hold a folder "
+      f"--labelled={labelled} holds {other[0]}, which is not CLASS/IMAGE: it should hold a folder "
       "of images for each class, CLASS/IMAGE.png"
     )
   labels = [name.split("/")[0] for name in known.names]
+  for folder in sorted(Path(labelled).expanduser().iterdir()):
+    if folder.is_dir() and not folder.name.startswith(".") and folder.name not in labels:
+      raise ValueError(f"{folder} has no image: add images of that class, or remove the folder")
 
   def run() -> None:
     predict = learned.adapt(

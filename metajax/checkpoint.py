@@ -95,7 +95,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     ValueError: if `keep` is below 1.
   """
   checks.at_least_one(keep=keep)
-  folder = Path(folder).absolute()
+  folder = Path(folder).expanduser().absolute()
   rated = _read_scores(folder)
   options = ocp.CheckpointManagerOptions(
     preservation_policy=_NewestAndBest(keep, rated), create=False

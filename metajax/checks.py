@@ -19,12 +19,32 @@ import optax
 from metajax.programs import without_sharding
 from metajax.types import Examples, LossFn, Params, PRNGKey, Task, leaf_name, num_examples
 
+_KEYS = ("key", "rng", "rngs", "rng_key", "prng_key")  # what losses call a key
+
 
 def at_least_one(**numbers: int) -> None:
-  """Checks that the named numbers are 1 or more."""
+  """Checks that the named numbers are whole ones, 1 or more."""
   for name, number in numbers.items():
+    if not isinstance(number, int | np.integer):
+      raise ValueError(f"{name} must be a whole number, not {number!r:.80}")
     if number < 1:
       raise ValueError(f"{name} must be at least 1, not {number}")
+
+
+def is_a(kind: type, what: str, value: Any, advice: str) -> None:
+  """Checks that a value is of the type that belongs there."""
+  if not isinstance(value, kind):
+    named = value.__name__ if inspect.isfunction(value) else type(value).__name__
+    raise ValueError(f"{what} must be of the type {kind.__name__}, not {named}: {advice}")
+
+
+def is_optimizer(optimizer: Any) -> None:
+  """Checks that an optax transformation was given, and not the function that makes one."""
+  if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    name = getattr(optimizer, "__name__", type(optimizer).__name__)
+    raise ValueError(
+      f"an optimizer must be an optax transformation, such as optax.sgd(0.1), not {name}"
+    )
 
 
 def chunk_of_tasks(chunk: int | None, num_tasks: int) -> None:
@@ -184,6 +204,15 @@ def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
     inspect.Parameter.VAR_KEYWORD,
   )
   if third.name != "key":
+    given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    for parameter in parameters[2:]:
+      filled_in = parameter.default is not inspect.Parameter.empty and parameter.kind not in given
+      if parameter.name in _KEYS and not required and not filled_in:
+        raise ValueError(
+          f"a loss is given its key of random numbers as the third parameter, named key, and here "
+          f"{parameter.name} would never be given one: write (params, batch, key), or fill it in "
+          "with functools.partial"
+        )
     if required:
       raise ValueError(
         f"the third parameter of a loss is the key of random numbers, and here it is {third.name}: "
@@ -244,7 +273,9 @@ def without_keys(state: Any) -> None:
     )
 
 
-def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) -> None:
+def no_raw_gradients(
+  loop: Literal["inner", "outer"], optimizer: optax.GradientTransformation, params: Params
+) -> None:
   """Checks that the optimizer does not return a gradient as it is, which would be added.
 
   `optax.masked` does so with the parameters that it leaves out.
@@ -262,7 +293,7 @@ def no_raw_gradients(optimizer: optax.GradientTransformation, params: Params) ->
     if given is returned:
       name = leaf_name(path) or "the parameter"
       raise ValueError(
-        f"this inner optimizer adds the gradient of {name} to it: optax.masked passes on what it "
+        f"this {loop} optimizer adds the gradient of {name} to it: optax.masked passes on what it "
         "leaves out, so use metajax.variants.only to leave parameters as they are"
       )
 
@@ -332,10 +363,11 @@ def twice_differentiable(optimizer: optax.GradientTransformation, params: Params
       ) from error
     flat = _traced_as_ones(program)
     # As dead units make them: every second entry is 0.
-    leaves = [
-      leaf * (jnp.arange(leaf.size) % 2).reshape(leaf.shape).astype(leaf.dtype)
-      for leaf in jax.tree.leaves(filled(1.0))
-    ]
+    leaves, first = [], 0
+    for leaf in jax.tree.leaves(filled(1.0)):
+      entries = jnp.arange(first, first + leaf.size) % 2
+      leaves.append(leaf * entries.reshape(leaf.shape).astype(leaf.dtype))
+      first += leaf.size
     finite = all(bool(jnp.isfinite(slope).all()) for slope in jax.jit(flat)(*leaves))
   if not finite:
     adam = "ScaleByAdamState" in str(jax.tree.structure(jax.eval_shape(optimizer.init, like)))

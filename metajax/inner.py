@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.custom_derivatives import SymbolicZero
 
 from metajax import checks
 from metajax.programs import traced
@@ -90,8 +91,9 @@ def initial_state(optimizer: optax.GradientTransformation, params: Params) -> In
     ValueError: if a parameter is not floating point, or the optimizer returns a gradient as it is,
       or draws random numbers and is not `carried`.
   """
+  checks.is_optimizer(optimizer)
   checks.floating_point(params)
-  checks.no_raw_gradients(optimizer, params)
+  checks.no_raw_gradients("inner", optimizer, params)
   if not isinstance(optimizer, Carried):
     checks.without_keys(jax.eval_shape(optimizer.init, params))
   return _carried_state(optimizer, params)
@@ -259,7 +261,8 @@ def forward_over_reverse(loss_fn: LossFn) -> LossFn:
   derivative of L' in the direction v, a product needs only phi and the minibatch, and recomputes
   the activations. The results agree up to rounding.
 
-  Only derivatives of the value, with respect to the parameters, are defined; metrics have none.
+  Only derivatives of the value, with respect to the parameters, are defined; metrics have none. A
+  derivative with respect to anything else, such as a number that the loss closes over, is refused.
   """
   asks_for_key, checked = checks.asks_for_key(loss_fn), checks.loss(loss_fn)
 
@@ -289,27 +292,53 @@ def _forward_over_reverse(loss_fn: Callable[[Params, Any], Any]) -> Callable[[Pa
     return differentiated(params, arguments)
 
   def keep_arguments(params: Params, arguments: Any) -> Any:
-    return value_and_grad(params, arguments), (params, arguments)
+    values = _of_parameters_only(params, arguments)
+    return value_and_grad(*values), values
 
   def hessian_vector(kept: Any, cotangents: Any) -> tuple[Params, None]:
-    (params, arguments), ((of_value, _), direction) = kept, cotangents
+    (params, arguments), ((of_value, _), direction) = kept, _instantiated(cotangents)
     params = jax.tree.map(_out_of_the_stack, params)
     grad = lambda params: differentiated(params, arguments)[1]
     grads, product = jax.jvp(grad, (params,), (direction,))
     # The value matters only to optimizers that use it, such as optax.polyak_sgd.
     return jax.tree.map(lambda p, g: p + (of_value * g).astype(p.dtype), product, grads), None
 
-  value_and_grad.defvjp(keep_arguments, hessian_vector)
+  value_and_grad.defvjp(keep_arguments, hessian_vector, symbolic_zeros=True)
 
   @jax.custom_vjp
   def loss(params: Params, arguments: Any) -> Any:
     return loss_fn(params, arguments)
 
-  def scale(grads: Params, cotangents: Any) -> tuple[Params, None]:
-    return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), grads), None
+  def keep_gradient(params: Params, arguments: Any) -> Any:
+    return value_and_grad(*_of_parameters_only(params, arguments))
 
-  loss.defvjp(value_and_grad, scale)
+  def scale(grads: Params, cotangents: Any) -> tuple[Params, None]:
+    of_value = _instantiated(cotangents[0])
+    return jax.tree.map(lambda g: (of_value * g).astype(g.dtype), grads), None
+
+  loss.defvjp(keep_gradient, scale, symbolic_zeros=True)
   return loss
+
+
+def _of_parameters_only(params: Any, arguments: Any) -> tuple[Params, Any]:
+  """The values of what a custom derivative is asked for.
+
+  Raises:
+    ValueError: if it is asked for derivatives with respect to the arguments.
+  """
+  if any(leaf.perturbed for leaf in jax.tree.leaves(arguments)):
+    raise ValueError(
+      "maml in mixed mode has derivatives with respect to the parameters only, and is asked here "
+      "for one with respect to the data or to what the loss closes over: use mixed_mode=False"
+    )
+  return jax.tree.map(lambda leaf: leaf.value, (params, arguments))
+
+
+def _instantiated(cotangents: Any) -> Any:
+  """The same with arrays in place of JAX's symbolic zeros."""
+  is_zero = lambda leaf: isinstance(leaf, SymbolicZero)
+  as_array = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if is_zero(leaf) else leaf
+  return jax.tree.map(as_array, cotangents, is_leaf=is_zero)
 
 
 def _out_of_the_stack(leaf: jax.Array) -> jax.Array:

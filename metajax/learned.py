@@ -20,14 +20,14 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import ArrayLike
 
-from metajax import losses
+from metajax import checks, losses
 from metajax.data import few_shot
 from metajax.devices import task_mesh
 from metajax.episodes import cycling
 from metajax.evaluation import inductive, transductive
 from metajax.gradients import reptile
 from metajax.inner import all_finite, begin_task, carried, initial_state
-from metajax.meta import MetaLearner, MetaState
+from metajax.meta import MetaLearner, MetaState, check_state
 from metajax.models import Model, from_spec
 from metajax.programs import without_sharding
 from metajax.types import (
@@ -163,7 +163,8 @@ def save(
       their programs only, and not the results.
     OSError: if the file cannot be written.
   """
-  path, example_inputs = Path(path), _arrays(example_inputs)
+  path, example_inputs = Path(path).expanduser(), _arrays(example_inputs)
+  check_state(state)
   if not isinstance(model, Model):
     raise ValueError(f"model must be a metajax.Model, not {type(model).__name__}")
   if isinstance(frozen, str):
@@ -210,6 +211,11 @@ def save(
   model = model if model.spec is None else from_spec(model.spec)  # as `load` makes it
   _learned(recipe, model, params, inner_state)  # raises what does not fit
   outputs = jax.eval_shape(model.apply, params, example_inputs)
+  if outputs.ndim < 2 or outputs.shape[0] != num_examples(example_inputs):
+    raise ValueError(
+      "example_inputs must have an axis of examples, [n, ...], of which the model makes n rows of "
+      f"outputs, not {outputs.shape}: give inputs[:1] rather than inputs[0]"
+    )
   _check_adapts_as(learner, state, recipe, model, example_inputs, outputs.shape)
   checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
   header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
@@ -272,17 +278,32 @@ def _check_adapts_as(
     return
   if jax.process_count() > 1:
     return
-  one = jax.jit(learner.adapt)(state, own, rows)
-  other = jax.jit(by_recipe)(state, examples, rows)
   largest = lambda a, b: max(
     jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b))
   )
-  if not largest(one, other) <= 1e-3 * largest(one, state.params) + 1e-6:
-    raise ValueError(
-      "the file would not adapt as the learner does: give the learner's own inner_optimizer, loss, "
-      "frozen and model; a learner that adapts in another way than by plain inner steps cannot be "
-      "saved"
-    )
+  drawn = jax.tree.map(_drawn_like, example_inputs)
+  for inputs in (example_inputs, drawn):  # the examples may be zeros, which move little
+    one = jax.jit(learner.adapt)(state, own._replace(inputs=inputs), rows)
+    other = jax.jit(by_recipe)(state, examples._replace(inputs=inputs), rows)
+    moved = largest(one, state.params)
+    if inputs is drawn and not np.isfinite(moved):  # the network cannot take such inputs
+      break
+    if not largest(one, other) <= 1e-3 * moved + 1e-6:
+      raise ValueError(
+        "the file would not adapt as the learner does: give the learner's own inner_optimizer, "
+        "loss, frozen and model; a learner that adapts in another way than by plain inner steps "
+        "cannot be saved"
+      )
+
+
+def _drawn_like(leaf: np.ndarray) -> np.ndarray:
+  """Random inputs of this dtype. Integers such as tokens stay as they are: not all may exist."""
+  rng = np.random.default_rng(0)
+  if leaf.dtype in (np.uint8, np.bool_):
+    return rng.integers(0, 2 if leaf.dtype == np.bool_ else 256, leaf.shape).astype(leaf.dtype)
+  if jnp.issubdtype(leaf.dtype, jnp.floating):
+    return rng.normal(size=leaf.shape).astype(leaf.dtype)
+  return leaf
 
 
 def _fetched(learner: MetaLearner, state: MetaState) -> tuple[Params, InnerState]:
@@ -332,6 +353,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
         f"{path} was saved with a network of your own: give it, as load(path, model=model)"
       )
     model = from_spec(recipe.network)
+  checks.is_a(Model, "model", model, "make one, as models.from_linen(module, example_inputs)")
   like = jax.eval_shape(model.init, jax.random.key(0))
   params = _filled(path, "params", like, arrays)
   like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)
@@ -398,6 +420,8 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
         "label for each input"
       )
     if recipe.loss["name"] == "squared_error":
+      if not (labels.dtype.kind in "iub" or jnp.issubdtype(labels.dtype, jnp.floating)):
+        raise ValueError(f"labels must be real numbers, not {labels.dtype}: convert them")
       if not np.all(np.isfinite(labels)):
         raise ValueError("labels must be finite: there are NaN or infinite ones, remove them")
       train = Examples(inputs, labels.astype(np.float32))
@@ -499,6 +523,8 @@ def _arrays(inputs: Any) -> Any:
 def _in_dtype(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
   floats, of_floats = (jnp.issubdtype(kind, jnp.floating) for kind in (leaf.dtype, dtype))
   if dtype == np.uint8 and floats:
+    if not np.all(np.isfinite(leaf)):
+      raise ValueError("images must be finite: there are NaN or infinite entries, remove them")
     if leaf.size and not 0 <= leaf.min() <= leaf.max() <= 1:
       raise ValueError(
         f"images are from {leaf.min():g} to {leaf.max():g}: give uint8, or floats from 0 to 1"
@@ -525,13 +551,14 @@ def _found(path: str | os.PathLike) -> Path:
   """The file at this path, or the one that comes with metajax under this name."""
   home = resources.files("metajax") / "learners"
   shipped = sorted(Path(str(home)).glob("*.safetensors"))
+  given = Path(path).expanduser()
   for file in shipped:
-    if str(path) == file.stem and not Path(path).is_file():
+    if str(path) == file.stem and not given.is_file():
       return file
-  if not Path(path).is_file():
+  if not given.is_file():
     names = ", ".join(file.stem for file in shipped)
     raise ValueError(f"{path} is neither a file nor the name of a learner of metajax ({names})")
-  return Path(path)
+  return given
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:

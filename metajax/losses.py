@@ -68,6 +68,7 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     ValueError: if the labels are not integers `[...]` from 0 to classes - 1. Inside of `jit`, where
       the labels are not known, the accuracy is NaN instead if one is out of range.
   """
+  outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
   _check_labels(outputs, targets)
   known = _are_classes(outputs, targets) & ~jnp.isnan(outputs).any(axis=-1)
   return jnp.mean(jnp.where(known, jnp.argmax(outputs, axis=-1) == targets, jnp.nan))

@@ -62,12 +62,18 @@ def meta_learner(
 
   `step` raises a ValueError if a gradient or the outer state does not have the right shapes.
   """
+  checks.is_a(MetaGradient, "meta_gradient", meta_gradient, "give one, such as maml(loss, inner)")
+  checks.is_optimizer(optimizer)
+  checks.is_a(Execution, "execution", execution, "give one, such as vmapped(4)")
   lifted = execution.lift(meta_gradient)
 
   def init(params: Params) -> MetaState:
+    checks.floating_point(params)
+    checks.no_raw_gradients("outer", optimizer, params)
     return MetaState(jnp.zeros((), jnp.int32), params, optimizer.init(params), lifted.init(params))
 
   def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Info]:
+    check_state(state)
     gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
     checks.state_of("outer", jax.eval_shape(optimizer.init, state.params), state.outer)
     updates, outer = optax.with_extra_args_support(optimizer).update(
@@ -79,10 +85,16 @@ def meta_learner(
   def adapt(
     state: MetaState, examples: Examples, schedule: jax.Array, key: PRNGKey | None = None
   ) -> Params:
+    check_state(state)
     inner_state = execution.one(state.inner)
     return meta_gradient.adapt(state.params, inner_state, examples, schedule, key)
 
   return MetaLearner(init, step, adapt, execution)
+
+
+def check_state(state: Any) -> None:
+  """Checks that a state was given, and not parameters or a record."""
+  checks.is_a(MetaState, "state", state, "give learner.init(params), or record.state after train")
 
 
 def _no_loss(params: Params) -> jax.Array:
@@ -116,6 +128,7 @@ def run(
   sample_episodes = learner.execution.sample(sample_task, make_episode)
 
   def run_steps(state: MetaState, key: PRNGKey) -> tuple[MetaState, Info]:
+    check_state(state)
     checks.uses_key(sample_task, key)
 
     def body(state: MetaState, _: None) -> tuple[MetaState, Info]:

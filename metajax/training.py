@@ -1,10 +1,12 @@
 """The training loop of a whole program: compiled once, with progress, reports and checkpoints."""
 
+import errno
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from metajax import checks
 from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
-from metajax.meta import MetaLearner, MetaState, run
+from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, on_mesh
 from metajax.types import MakeEpisode, PRNGKey, SampleTask
 
@@ -132,9 +134,10 @@ def train(
       meta-steps, or `report` returns anything but a number or None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
-    OSError: if a checkpoint cannot be written; those before are kept.
+    OSError: if the folder or a checkpoint cannot be written; earlier ones are kept.
   """
   checks.at_least_one(num_steps=num_steps, report_every=report_every, steps_per_call=steps_per_call)
+  check_state(state)
   mesh = mesh or learner.execution.mesh or task_mesh(list(jnp.zeros(()).devices()))
   state, key = on_mesh((state, key), mesh)
   state = copied(state)  # the caller's own stays as it is
@@ -163,6 +166,8 @@ def train(
     last_saved = step if found is not None else 0
     if found is not None and found.rated:  # its report was made
       sums = Sums()
+    if folder is not None and step < num_steps:
+      _make_folder(folder)
 
     def keep() -> None:
       nonlocal last_saved
@@ -182,7 +187,7 @@ def train(
         raise stopped() from None
       try:
         return None if score is None else float(score)
-      except TypeError:
+      except (TypeError, ValueError):
         raise ValueError(
           f"report must return a number or None, and not {type(score).__name__}"
         ) from None
@@ -248,6 +253,19 @@ def train(
       bar.update(steps)
       new = Sums().add(infos)
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
+
+
+def _make_folder(folder: str | os.PathLike) -> None:
+  """Makes the folder before training begins, since training would be lost without it."""
+  path = Path(folder).expanduser()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as error:
+    raise OSError(
+      f"checkpoints cannot be written to {path} ({error.strerror}): choose another folder"
+    ) from error
 
 
 def _check_goes_on(found: Any, key: list[Any], num_steps: int, folder: Any) -> None:

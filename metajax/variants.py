@@ -65,6 +65,11 @@ def only(
     ValueError: when a state is made, if no parameter is adapted.
   """
 
+  if not callable(adapted):
+    raise ValueError(
+      f"adapted must be a function of names, such as lambda name: {adapted!r} in name"
+    )
+
   def labels(params: Params) -> Any:
     chosen = jax.tree.map_with_path(lambda path, _: bool(adapted(leaf_name(path))), params)
     if not any(jax.tree.leaves(chosen)):
@@ -113,6 +118,7 @@ def meta_sgd(loss_fn: LossFn, *, outer_loss: LossFn | None = None, **options: bo
   """
 
   def init(params: WithRates) -> tuple[()]:
+    checks.is_a(WithRates, "params", params, "give variants.with_rates(params, rate)")
     return ()
 
   def update(

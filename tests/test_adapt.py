@@ -134,7 +134,7 @@ ADAPTATIONS = [
   ({"unlabelled": None}, "give --learner, --labelled and --unlabelled"),
   ({"out": "x.txt"}, r"--out=x.txt must end in .csv, in a folder that exists"),
   ({"learner": "omniglot"}, "omniglot is neither a file nor the name of a learner of metajax"),
-  ({"labelled": "{0}/a"}, r"a holds 0.png outside of a class folder: it should hold"),
+  ({"labelled": "{0}/a"}, r"a holds 0.png, which is not CLASS/IMAGE: it should hold"),
   ({"labelled": "/nowhere"}, "/nowhere is not a folder"),
   ({}, "at most 2 classes apart, and there are 8: leave some out"),
 ]
@@ -152,6 +152,25 @@ def test_adaptations_that_do_not_fit_are_refused(pictures, run, tmp_path, change
   with pytest.raises(ValueError, match=pattern):
     adapt.program(adapt.Adaptation(**sound | changes))()
   assert not list(tmp_path.iterdir())
+
+
+def test_a_labelled_folder_is_of_folders_of_images(pictures, run, tmp_path):
+  for name in ("a", "b"):
+    shutil.copytree(pictures / name, tmp_path / "few" / name)
+  (tmp_path / "few" / "c").mkdir()
+  for labelled, pattern in (
+    (tmp_path / "few", "few/c has no image: add images of that class, or remove the folder"),
+    (tmp_path, r"few/a/\d.png, which is not CLASS/IMAGE: it should hold a folder"),
+  ):
+    with pytest.raises(ValueError, match=pattern):
+      adapt.program(
+        adapt.Adaptation(
+          learner=str(run / "learner.safetensors"),
+          labelled=str(labelled),
+          unlabelled=str(pictures),
+          out=str(tmp_path / "x.csv"),
+        )
+      )
 
 
 def test_flags_of_other_data_sets_do_not_mention_folders():

@@ -22,7 +22,7 @@ from problems import TINY, episode, examples, softmax_loss, weights
 import metajax
 from experiments import build, cli, combinations, expansions, few_shot, overlap, runs, sine
 from experiments.recipes import Recipe
-from metajax import models
+from metajax import models, variants
 from metajax.data import DataError, files, glyphs, mini_imagenet, omniglot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ FEW_SHOT = [
   ("half a shot", {"eval_shots": (1.5,)}, "--eval_shots=1.5 must be whole numbers"),
   ("batches for shots", {"eval_batch": (3, 5)}, "--eval_batch=3,5 must be one number, or one"),
   ("an empty minibatch", {"eval_batch": (0,)}, "--eval_batch=0 must be at least 1"),
-  ("unknown split", {"curve_splits": ("tset",)}, "--curve_splits must be of train, validation and"),
+  ("unknown split", {"curve_splits": ("tset",)}, "--curve_splits must be one or more of train"),
   ("no split", {"curve_splits": ()}, "--curve_splits= must be names separated by commas"),
   ("no weights", COMBINE, "--weights and --algorithm=combine go together"),
   ("idle weights", {"weights": (1.0, 1.0)}, "--weights and --algorithm=combine go together"),
@@ -133,11 +133,11 @@ FEW_SHOT = [
   ("idle early steps", {"early_steps": 3}, "--early_steps applies to --algorithm=multi_step and"),
   ("never MAML", {**LOSSES, "early_steps": 4}, "never become MAML: .*=4 must be below .*_steps=4"),
   ("idle tail", {"tail_shots": 2}, "--tail_shots applies to --tail=separate only: use that"),
-  ("eps of SGD", {**SGD, "inner_eps_root": 1e-8}, "--inner_eps_root is of .*=adam: leave it out"),
+  ("eps of SGD", {**SGD, "inner_eps_root": 1e-8}, "--inner_eps_root applies to .*=adam only"),
   ("glyphs of a folder", {"data_dir": "there"}, "the library draws itself: name the data, as"),
   ("too many steps", {"least_steps": 2}, "--least_steps=2 is more than the 1 inner steps before"),
   ("too many shots", {"least_shots": 4}, "--least_shots=4 is more than there are: lower it"),
-  ("shots of others", {"least_shots": 1, "minibatches": "replacement"}, "leave one of them out"),
+  ("shots of others", {"least_shots": 1, "minibatches": "replacement"}, "or leave --least_sh"),
   ("unknown tail", {"tail": "long"}, "--tail=long must be one of shared, separate"),
   ("no download", {"dataset": "mini_imagenet"}, "cannot be downloaded .* give, as data_dir"),
   ("no folder", {"dataset": "omniglot", "data_dir": "/nowhere"}, "/nowhere is not a folder: give"),
@@ -620,6 +620,12 @@ ESTIMATORS = {
   "mixed maml": lambda loss, inner: metajax.maml(loss, inner, mixed_mode=True),
   "combine": lambda loss, inner: metajax.combine(loss, inner, [1.0, 1.0, 1.0]),
 }
+
+
+def learner(outer=SGD):
+  return metajax.meta_learner(metajax.maml(LOSS, SGD), outer, metajax.vmapped(2))
+
+
 # name, what differs from a sound call, pattern
 ESTIMATES = [
   ("a loss for each example", {"loss": vector_loss}, r"not float32\[3\]: return the sum or the"),
@@ -772,6 +778,48 @@ CALLS = [
     ),
     "the third parameter of a loss is the key .*, and here it is rng: name it key",
   ),
+  (
+    "loss: a key with another name and a default",
+    lambda: metajax.reptile(lambda phi, batch, rng=None: LOSS(phi, batch), SGD).estimate(
+      PHI, (), EPISODE
+    ),
+    "third parameter, named key, and here rng would never be given one: write",
+  ),
+  (
+    "loss: a key that comes later",
+    lambda: metajax.reptile(
+      lambda phi, batch, train=True, key=None: LOSS(phi, batch), SGD
+    ).estimate(PHI, (), EPISODE),
+    "third parameter, named key, and here key would never be given one: write",
+  ),
+  ("run: parameters", lambda: metajax.run(learner(), None, None, 1)(PHI, KEY), "type MetaState, "),
+  ("step: parameters", lambda: learner().step(PHI, None), "or record.state after train"),
+  ("adapt: parameters", lambda: learner().adapt(PHI, BATCH, None), "give learner.init.params."),
+  (
+    "learner: not called",
+    lambda: metajax.meta_learner(metajax.maml, SGD, metajax.vmapped(2)),
+    "must be of the type MetaGradient, not maml: give one, such as",
+  ),
+  (
+    "learner: another order",
+    lambda: metajax.meta_learner(metajax.maml(LOSS, SGD), metajax.vmapped(2), SGD),
+    "must be an optax transformation, .*, not Execution",
+  ),
+  (
+    "learner: no execution",
+    lambda: metajax.meta_learner(metajax.maml(LOSS, SGD), SGD, 4),
+    "execution must be of the type Execution, not int",
+  ),
+  ("optimizer: not called", lambda: metajax.maml(LOSS, optax.sgd).init(PHI), "not sgd"),
+  (
+    "outer optimizer: masked",
+    lambda: learner(optax.masked(SGD, {"a": True, "b": False})).init({"a": PHI, "b": PHI}),
+    "this outer optimizer adds the gradient of b to it",
+  ),
+  ("outer Adam: text", lambda: learner(ADAM).init({"w": PHI, "n": "x"}), r"\['n'\] is <U1"),
+  ("only: a name", lambda: variants.only(SGD, "w"), "must be a function of names, such as"),
+  ("meta_sgd: parameters", lambda: variants.meta_sgd(LOSS).init(PHI), "of the type WithRates"),
+  ("cycling: half a step", lambda: metajax.cycling(2.5, 3)(KEY, 7), "must be a whole number"),
   ("judging: no test", lambda: judged(NO_EXAMPLE), "no test examples to judge by: raise test_sh"),
   ("replacement: too many", lambda: metajax.replacement(2, 9)(KEY, 7), "from 7 examples: lower"),
   ("cycling: no example", lambda: metajax.cycling(2, 3)(KEY, 0), "from 0 examples: raise the"),

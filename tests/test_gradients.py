@@ -353,6 +353,24 @@ def test_maml_refuses_an_optimizer_without_a_second_derivative():
     jax.jit(metajax.maml(LOSS, metajax.carried(optax.adam(0.01))).init)(params)
   metajax.maml(LOSS, optax.adam(0.01, eps_root=1e-8)).init(params)
   metajax.maml(LOSS, optax.sgd(0.01, momentum=0.9)).init(params)
+  clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.01))
+  metajax.maml(LOSS, clipped).init({"w": jnp.zeros(1), "b": jnp.zeros(())})  # one number each
+
+
+@pytest.mark.parametrize("lift", [lambda function: function, jax.jit], ids=["plain", "jit"])
+def test_mixed_mode_refuses_derivatives_of_anything_but_the_parameters(x64, lift):
+  """With respect to a weight of the inner loss, which it closes over, they would be 0."""
+  params, episode = problems.weights(), problems.episode(18, k=3)
+
+  def last_loss(weight, mixed_mode):
+    inner = lambda params, batch: weight * LOSS(params, batch)
+    gradient = metajax.maml(inner, optax.sgd(RATE), outer_loss=LOSS, mixed_mode=mixed_mode)
+    return gradient.estimate(params, (), episode)[2].losses[-1]
+
+  with pytest.raises(ValueError, match="what the loss closes over: use mixed_mode=False"):
+    lift(jax.grad(lambda weight: last_loss(weight, True)))(1.0)
+  slope = (last_loss(1.0 + 1e-6, True) - last_loss(1.0 - 1e-6, True)) / 2e-6
+  close(lift(jax.grad(lambda weight: last_loss(weight, False)))(1.0), slope, rtol=1e-6)
 
 
 def test_maml_through_adam_is_finite_where_a_gradient_is_zero():

@@ -311,6 +311,36 @@ def test_what_cannot_be_saved_is_refused(make, pattern, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_compared_on_more_than_its_example(tmp_path):
+  """From zeros, no step moves the first layer, whether it is frozen or not."""
+  inner = metajax.variants.only(optax.sgd(0.3), lambda name: "Dense_1" in name)
+  with pytest.raises(ValueError, match="would not adapt as the learner does"):
+    saved(
+      tmp_path / "x.safetensors",
+      DENSE,
+      inner,
+      example_inputs=np.zeros((1, 4), np.float32),
+      inner_optimizer=SGD,
+    )
+
+
+def test_example_inputs_have_an_axis_of_examples(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"must have an axis of examples, .* inputs\[:1\] rather than"
+  ):
+    example = np.zeros(4, np.float32)
+    saved(
+      tmp_path / "x.safetensors", DENSE, optax.sgd(0.3), example_inputs=example, inner_optimizer=SGD
+    )
+
+
+def test_a_file_may_be_below_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  saved("~/x.safetensors")
+  assert (tmp_path / "x.safetensors").is_file()
+  assert metajax.load("~/x.safetensors").recipe.steps == 7
+
+
 def other_loss(model):
   """The cross-entropy again, in other words."""
 
@@ -488,6 +518,7 @@ BAD_TASKS = [
   (IMAGES[:, :5], LABELS, {}, r"must be \[n, 6, 5, 1\], not \(9, 5, 5, 1\): this learner was"),
   (IMAGES.astype(np.int32) * 2, LABELS, {}, "must be uint8, as this learner was trained on, not"),
   (IMAGES * 1.0, LABELS, {}, "give uint8, or floats from 0 to 1"),
+  (IMAGES * np.nan, LABELS, {}, "images must be finite: there are NaN or infinite entries"),
   (IMAGES > 99, LABELS, {}, "must be uint8, as this learner was trained on, not bool"),
   (IMAGES[:0], [], {}, "there is no input: give at least one"),
   (IMAGES, [1.0, 2.0, np.nan] * 3, {}, "labels must be integers or strings, not float64"),

@@ -32,6 +32,7 @@ def test_accuracy():
   outputs = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
   labels = jnp.array([0, 1, 2, 1])
   assert losses.accuracy(outputs, labels) == 0.75
+  assert losses.accuracy(np.asarray(outputs).tolist(), [0, 1, 2, 1]) == 0.75
   # An example may have several places, as a text has.
   assert losses.accuracy(outputs.reshape(2, 2, 3), labels.reshape(2, 2)) == 0.75
 

@@ -125,6 +125,31 @@ def test_what_is_interrupted_in_a_report_was_saved_before(step, tmp_path):
 def test_a_report_returns_a_number(tmp_path):
   with pytest.raises(ValueError, match="report must return a number or None, and not dict"):
     train(report=lambda record: {"accuracy": 0.5})
+  with pytest.raises(ValueError, match="report must return a number or None, and not str"):
+    train(report=lambda record: "0.5 or so")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
+  (tmp_path / "file").write_text("")
+  reports = []
+  for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    with pytest.raises(
+      OSError, match=r"checkpoints cannot be written to .*: choose another folder"
+    ):
+      train(folder=folder, report=lambda record: reports.append(record.step))
+  assert not reports
+
+
+def test_a_folder_may_be_below_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  train(folder="~/run", num_steps=2)
+  assert (tmp_path / "run" / "2").is_dir()
+  assert train(folder=tmp_path / "run", num_steps=2).restored
+
+
+def test_parameters_are_not_a_state():
+  with pytest.raises(ValueError, match="state must be of the type MetaState, not"):
+    train(start=problems.weights())
 
 
 def test_a_run_that_goes_on_from_another_state(tmp_path):

@@ -171,7 +171,9 @@ def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
   Raises:
     ValueError: if the size is not positive, or the mode is not `"L"` or `"RGB"`.
   """
-  height, width = (size, size) if isinstance(size, int) else size
+  height, width = (size, size) if isinstance(size, int | np.integer | str) else size
+  if not all(isinstance(side, int | np.integer) for side in (height, width)):
+    raise ValueError(f"size must be one whole number or two, not {size!r}")
   if min(height, width) < 1:
     raise ValueError(f"size must be at least 1, not {size}")
   if mode not in _CHANNELS:

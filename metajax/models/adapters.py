@@ -105,8 +105,8 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
     if jax.tree.leaves(rest):
       names = ", ".join(".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest))
       raise ValueError(
-        f"a model has parameters only, and this NNX module keeps {names} too: use "
-        "metajax.models.nnx.BatchStatsNorm in place of nnx.BatchNorm"
+        f"a model has parameters only, and this NNX module keeps {names} too: make constant arrays "
+        "in __call__, and use metajax.models.nnx.BatchStatsNorm in place of nnx.BatchNorm"
       )
     return graph, params, rest
 
