@@ -143,7 +143,7 @@ def maml(
       keeps no tape of the inner gradients, so it takes less memory and no more time. Give False,
       which differentiates through the inner gradients in reverse mode, if the `loss_fn` has a
       derivative rule for reverse mode only (`jax.custom_vjp`), which JAX refuses otherwise, or to
-      differentiate the meta-gradient once more.
+      differentiate with respect to anything but the parameters, or once more.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,

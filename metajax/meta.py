@@ -60,7 +60,10 @@ def meta_learner(
       phi <- phi + epsilon (phi~ - phi) is outer SGD of rate epsilon.
     execution: `vmapped`, `serial` or `sharded`, with the number of tasks of a meta-step.
 
-  `step` raises a ValueError if a gradient or the outer state does not have the right shapes.
+  Raises:
+    ValueError: if an argument is of another type; in `init`, if a parameter is not floating point,
+      or the optimizer would add a gradient to its parameter; in `step`, if a gradient or the outer
+      state does not have the right shapes.
   """
   checks.is_a(MetaGradient, "meta_gradient", meta_gradient, "give one, such as maml(loss, inner)")
   checks.is_optimizer(optimizer)

@@ -62,7 +62,7 @@ def only(
     adapted: from the name of a parameter, such as `Dense_0/kernel`, to whether it is adapted.
 
   Raises:
-    ValueError: when a state is made, if no parameter is adapted.
+    ValueError: if `adapted` is no function; when a state is made, if no parameter is adapted.
   """
 
   if not callable(adapted):
