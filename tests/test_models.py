@@ -290,7 +290,7 @@ def test_networks_are_made_again_from_their_spec():
 
 
 def test_nnx_modules_with_state_are_refused():
-  with pytest.raises(ValueError, match="keeps mean, var too: use metajax"):
+  with pytest.raises(ValueError, match="keeps mean, var too: make constant"):
     models.from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs)).init(KEY)
 
 
