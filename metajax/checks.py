@@ -19,7 +19,7 @@ import optax
 from metajax.programs import without_sharding
 from metajax.types import Examples, LossFn, Params, PRNGKey, Task, leaf_name, num_examples
 
-_KEYS = ("key", "rng", "rngs", "rng_key", "prng_key")  # what losses call a key
+_OTHER_KEYS = ("rng", "rngs", "rng_key", "prng_key")  # what a key is also called
 
 
 def at_least_one(**numbers: int) -> None:
@@ -189,7 +189,7 @@ def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]
 
 
 def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
-  """Whether the third parameter of a loss is a key, and whether it can do without."""
+  """Whether a loss has a parameter named key, beside the first two, and can do without."""
   if isinstance(loss_fn, partial) and "key" in loss_fn.keywords:  # the user's own key
     return ""
   try:
@@ -198,28 +198,26 @@ def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
     return ""
   if len(parameters) < 3:
     return ""
-  third = parameters[2]
-  required = third.default is inspect.Parameter.empty and third.kind not in (
-    inspect.Parameter.VAR_POSITIONAL,
-    inspect.Parameter.VAR_KEYWORD,
-  )
-  if third.name != "key":
-    given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    for parameter in parameters[2:]:
-      filled_in = parameter.default is not inspect.Parameter.empty and parameter.kind not in given
-      if parameter.name in _KEYS and not required and not filled_in:
-        raise ValueError(
-          f"a loss is given its key of random numbers as the third parameter, named key, and here "
-          f"{parameter.name} would never be given one: write (params, batch, key), or fill it in "
-          "with functools.partial"
-        )
-    if required:
+  third, empty = parameters[2], inspect.Parameter.empty
+  variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  required = third.default is empty and third.kind not in variable
+  by_keyword = third.kind is inspect.Parameter.KEYWORD_ONLY
+  if required and third.name != "key" and not by_keyword:
+    raise ValueError(
+      f"the third parameter of a loss is the key of random numbers, and here it is {third.name}: "
+      "name it key, or fill it in with functools.partial"
+    )
+  filled_in = loss_fn.keywords if isinstance(loss_fn, partial) else {}
+  for parameter in parameters[2:]:
+    if parameter.name == "key":
+      return "always" if parameter.default is empty else "if there is one"
+    if parameter.name in _OTHER_KEYS and parameter.name not in filled_in:
       raise ValueError(
-        f"the third parameter of a loss is the key of random numbers, and here it is {third.name}: "
-        "name it key, or fill it in with functools.partial"
+        "a loss is given its key of random numbers as key, and here "
+        f"{parameter.name} would never be given one: name it key, or fill it in with "
+        "functools.partial"
       )
-    return ""
-  return "always" if required else "if there is one"
+  return ""
 
 
 def _metrics(metrics: Any) -> dict[str, jax.Array]:

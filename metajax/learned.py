@@ -211,7 +211,8 @@ def save(
   model = model if model.spec is None else from_spec(model.spec)  # as `load` makes it
   _learned(recipe, model, params, inner_state)  # raises what does not fit
   outputs = jax.eval_shape(model.apply, params, example_inputs)
-  if outputs.ndim < 2 or outputs.shape[0] != num_examples(example_inputs):
+  least = 2 if recipe.loss["name"] == "cross_entropy" else 1
+  if outputs.ndim < least or outputs.shape[0] != num_examples(example_inputs):
     raise ValueError(
       "example_inputs must have an axis of examples, [n, ...], of which the model makes n rows of "
       f"outputs, not {outputs.shape}: give inputs[:1] rather than inputs[0]"

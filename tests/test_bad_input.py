@@ -783,14 +783,7 @@ CALLS = [
     lambda: metajax.reptile(lambda phi, batch, rng=None: LOSS(phi, batch), SGD).estimate(
       PHI, (), EPISODE
     ),
-    "third parameter, named key, and here rng would never be given one: write",
-  ),
-  (
-    "loss: a key that comes later",
-    lambda: metajax.reptile(
-      lambda phi, batch, train=True, key=None: LOSS(phi, batch), SGD
-    ).estimate(PHI, (), EPISODE),
-    "third parameter, named key, and here key would never be given one: write",
+    "as key, and here rng would never be given one: name it key, or fill it in",
   ),
   ("run: parameters", lambda: metajax.run(learner(), None, None, 1)(PHI, KEY), "type MetaState, "),
   ("step: parameters", lambda: learner().step(PHI, None), "or record.state after train"),
