@@ -329,6 +329,27 @@ def test_example_inputs_have_an_axis_of_examples(tmp_path):
     )
 
 
+def test_outputs_may_be_a_number_for_each_input(tmp_path):
+  line = metajax.Model(lambda key: {"w": jnp.zeros(1)}, lambda params, x: x @ params["w"])
+  error = metajax.losses.squared_error(line.apply, reduction="mean")
+  gradient = metajax.reptile(error, optax.sgd(0.1))
+  learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.vmapped(1))
+  path, x = tmp_path / "line.safetensors", np.ones((4, 1), np.float32)
+  metajax.save(
+    path,
+    learner,
+    learner.init(line.init(KEY)),
+    line,
+    example_inputs=x,
+    inner_optimizer={"name": "sgd", "learning_rate": 0.1},
+    steps=3,
+    batch_size=4,
+    loss={"name": "squared_error", "reduction": "mean"},
+  )
+  found = metajax.load(path, model=line).adapt(x, 2 * x[:, 0])(x)
+  np.testing.assert_allclose(found, np.full(4, 2 * (1 - 0.8**3)), rtol=1e-5)
+
+
 def test_a_file_may_be_below_home(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   saved("~/x.safetensors")

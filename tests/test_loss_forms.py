@@ -1,6 +1,7 @@
 """Losses that draw random numbers, return metrics, or differ inside and in the outer step."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,9 @@ def test_what_a_loss_asks_for():
   scaled = lambda params, batch, scale=2.0: scale * problems.softmax_loss()(params, batch)
   plain = lambda params, batch, key=None: problems.softmax_loss()(params, batch) + (key is not None)
   assert step(scaled, KEY).loss == step(scaled).loss  # its third parameter is no key
-  np.testing.assert_allclose(step(plain, KEY).loss, step(plain).loss + 1, rtol=1e-6)
+  later = lambda params, batch, *, train=True, key=None: plain(params, batch, key)
+  for loss in (plain, later, partial(later, train=False)):
+    np.testing.assert_allclose(step(loss, KEY).loss, step(loss).loss + 1, rtol=1e-6)
   for metrics in ([1.0], {"losses": 1.0}, {"a": 1j}, {"a": {"b": 1.0}}):
     with pytest.raises(ValueError, match="may return a dict of real arrays by name"):
       step(lambda params, batch, metrics=metrics: (jnp.sum(params), metrics))
