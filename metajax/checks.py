@@ -189,7 +189,7 @@ def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]
 
 
 def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
-  """Whether a loss has a parameter named key, beside the first two, and can do without."""
+  """Whether a loss has a parameter named key after the first two, and whether it needs one."""
   if isinstance(loss_fn, partial) and "key" in loss_fn.keywords:  # the user's own key
     return ""
   try:
