@@ -292,9 +292,7 @@ def imaml(
       curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
       return jax.tree.map(lambda v, c: v + c / strength, vector, curvature)
 
-    vector, as_params = ravel_pytree(
-      gradient
-    )  # the solver refuses arrays whose vmapped axes differ
+    vector, as_params = ravel_pytree(gradient)  # cg refuses arrays whose vmapped axes differ
     times = lambda vector: ravel_pytree(product(as_params(vector)))[0]
     solution, _ = jax.scipy.sparse.linalg.cg(times, vector, maxiter=iterations)
     return as_params(solution), end_task(inner, learner), appended(info, last, metrics)
