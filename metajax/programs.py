@@ -64,6 +64,9 @@ def compiled(
   arguments of the program. As constants they would be compiled into it, which takes long and
   writes them to the compilation cache.
 
+  While JAX is debugging, the function is only jitted, so that `jax.disable_jit` and
+  `jax_debug_nans` act on it.
+
   Args:
     function: what to compile.
     mesh: where to run it.
@@ -71,10 +74,18 @@ def compiled(
     donate: whether the memory of the first argument may be used for the outputs.
     **options: for `jax.jit`.
   """
+  if debugging():  # JAX can run this operation by operation, and not what is compiled ahead
+    return jax.jit(function, **options)
   call, constants = traced(function, *arguments)
   constants = on_mesh(constants, mesh)
   jitted = jax.jit(call, donate_argnums=1 if donate else (), **options)
   return partial(jitted.lower(constants, *arguments).compile(), constants)
+
+
+def debugging() -> bool:
+  """Whether JAX runs operations one by one, or may do so to find one that returned NaN."""
+  options = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs")
+  return any(getattr(jax.config, option) for option in options)
 
 
 @jax.jit

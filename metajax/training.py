@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,11 +18,12 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+import metajax
 from metajax import checks
 from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
-from metajax.programs import compiled, copied, on_mesh
+from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
 from metajax.types import MakeEpisode, PRNGKey, SampleTask
 
 
@@ -51,7 +54,7 @@ class Sums(NamedTuple):
     return Sums(self.meta_steps + len(values["losses"]), totals, self.skipped + skipped)
 
   def means(self) -> dict[str, Any]:
-    """Over the tasks that were not skipped; NaN if all were."""
+    """Over the tasks that were not skipped; NaN if all were. Empty if nothing was added."""
     counted = self.meta_steps - self.skipped or np.nan
     return {name: (np.asarray(total) / counted).tolist() for name, total in self.totals.items()}
 
@@ -62,8 +65,8 @@ class Record(NamedTuple):
   Attributes:
     step: the meta-steps done so far.
     state: the state after them.
-    losses: L_1 ... L_k, averaged over all tasks and meta-steps since the last report; empty in the
-      first report of a program. Tasks that `skip_nonfinite` skipped do not count.
+    losses: L_1 ... L_k, averaged over all tasks and meta-steps since the last report; empty if
+      there were none. Tasks that `skip_nonfinite` skipped do not count.
     metrics: the same of what the losses returned beside their values, by name.
     seconds: the time spent in compiled meta-steps, that of earlier, interrupted programs included.
     restored: whether this is the state that was restored from a checkpoint.
@@ -103,7 +106,9 @@ def train(
 
   With a folder, the state is saved before every report but the one at the start. The same call then
   resumes an interrupted run, makes a report that was interrupted again, and ends with bit-identical
-  parameters. Data that the samplers close over becomes an argument of the compiled programs.
+  parameters. A warning is given if the folder was trained with another meta-step, such as that of
+  another algorithm or another rate. Data that the samplers close over becomes an argument of the
+  compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning is given if rounding changes its direction (a cosine below 0.9).
@@ -112,7 +117,7 @@ def train(
     learner: from `meta_learner`.
     sample_task: `key -> Task`, traceable by JAX.
     make_episode: `(key, Task) -> Episode`.
-    state: from `learner.init`. If the folder holds a checkpoint, training starts from that.
+    state: from `learner.init`. If the folder holds a checkpoint, training goes on from that.
     key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
@@ -129,9 +134,9 @@ def train(
     The last record. If the run was complete before, this is the restored one.
 
   Raises:
-    ValueError: if a number is below 1, the state has more meta-steps than `num_steps`, no
-      checkpoint of the folder can be restored, they are of a run with another key or more
-      meta-steps, or `report` returns anything but a number or None.
+    ValueError: if a number is below 1, the state has more meta-steps than `num_steps` or than the
+      newest checkpoint, no checkpoint of the folder can be restored, they are of a run with another
+      key or more meta-steps, or `report` returns anything but a number or None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
     OSError: if the folder or a checkpoint cannot be written; earlier ones are kept.
@@ -151,21 +156,22 @@ def train(
       saved = checkpoints(folder)
       stack.push(_closing(saved))
       found = saved.restore(state)
-    extra = {"key": np.asarray(jax.random.key_data(key)).tolist()}
+    one_step = run(learner, sample_task, make_episode, 1)
+    extra: dict[str, Any] = {"key": np.asarray(jax.random.key_data(key)).tolist()}
+    if saved:
+      extra["meta_step"] = _fingerprint(one_step, mesh, state, key)
     if found is not None:
-      _check_goes_on(found, extra["key"], num_steps, folder)
+      _check_goes_on(found, extra, num_steps, int(state.step), folder)
       state, seconds = found.state, found.extra["seconds"]
       sums = Sums(*found.extra.get("sums", ()))
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
-      _warn_if_steps_are_lost(learner, run(learner, sample_task, make_episode, 1), mesh, state, key)
+      _warn_if_steps_are_lost(learner, one_step, mesh, state, key)
     step = int(state.step)
     if step > num_steps:
       raise ValueError(
         f"the state has {step} meta-steps already, and num_steps={num_steps} is where training ends"
       )
     last_saved = step if found is not None else 0
-    if found is not None and found.rated:  # its report was made
-      sums = Sums()
     if folder is not None and step < num_steps:
       _make_folder(folder)
 
@@ -192,9 +198,15 @@ def train(
           f"report must return a number or None, and not {type(score).__name__}"
         ) from None
 
-    # Every record has a copy of the state, since the next meta-step uses the memory of this one.
-    record = Record(step, copied(state), [], {}, seconds, restored=found is not None)
+    def recorded(restored: bool = False) -> Record:
+      means, skipped = sums.means(), sums.skipped / max(sums.meta_steps, 1)
+      # It has a copy of the state, since the next meta-step uses the memory of this one.
+      return Record(step, copied(state), means.pop("losses", []), means, seconds, restored, skipped)
+
+    record = recorded(restored=found is not None)
     reported(record)
+    if found is not None and found.rated:  # its report was made
+      sums = Sums()
 
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     if found is not None and not bar.disable:
@@ -202,17 +214,13 @@ def train(
       bar.write(f"going on from meta-step {step} of {folder}{rest}")
     while True:
       if sums.meta_steps and (step == num_steps or step % report_every == 0):
-        means, skipped = sums.means(), sums.skipped / sums.meta_steps
-        losses = means.pop("losses")
-        if skipped == 1:
+        record = recorded()
+        if record.skipped == 1:
           warnings.warn(
             f"all tasks of meta-steps {step - sums.meta_steps + 1} to {step} were skipped, because "
             "their gradients are not finite: nothing was learned. Lower the inner rate",
             stacklevel=2,
           )
-        record = Record(
-          step, copied(state), losses, means, seconds, restored=False, skipped=skipped
-        )
         with _paused(bar):
           keep()
           score = reported(record)
@@ -231,7 +239,8 @@ def train(
         with _paused(bar):
           programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
       start = time.perf_counter()
-      with jax.transfer_guard("disallow"):  # everything stays on the device, sampling included
+      # Everything stays on the device, sampling included.
+      with jax.transfer_guard("allow" if debugging() else "disallow"):
         state, infos, finite = jax.block_until_ready(programs[steps](state, key))
       seconds += time.perf_counter() - start
       infos = jax.device_get(infos)
@@ -268,13 +277,45 @@ def _make_folder(folder: str | os.PathLike) -> None:
     ) from error
 
 
-def _check_goes_on(found: Any, key: list[Any], num_steps: int, folder: Any) -> None:
-  """Checks that a restored state is of a run with this key, and not beyond its end."""
-  other = found.extra.get("key", key) != key
+def _fingerprint(
+  one_step: Callable[..., Any], mesh: Mesh, state: MetaState, key: PRNGKey
+) -> list[Any]:
+  """A checksum of a meta-step's operations, and the versions and devices for which they hold."""
+  program = jax.make_jaxpr(one_step)(*jax.tree.map(without_sharding, (state, key)))
+  text = re.sub("0x[0-9a-f]+", "", str(program))  # without addresses in memory
+  platform = mesh.devices.flat[0].platform
+  return [zlib.crc32(text.encode()), metajax.__version__, jax.__version__, platform, mesh.size]
+
+
+def _check_goes_on(
+  found: Any, extra: dict[str, Any], num_steps: int, given: int, folder: Any
+) -> None:
+  """Checks that a restored state is of this run, not beyond its end, and not behind the given one.
+
+  Args:
+    found: the restored state.
+    extra: what the run saves with a state.
+    num_steps: where the run ends.
+    given: the meta-steps of the state that `train` was given.
+    folder: of the checkpoints.
+  """
+  other = found.extra.get("key", extra["key"]) != extra["key"]
   step = int(found.state.step)
   if other or step > num_steps:
     was = "another key" if other else f"{step} meta-steps, more than num_steps={num_steps}"
     raise ValueError(f"{folder} holds a run with {was}: go on as it began, or give another folder")
+  if given > step:
+    raise ValueError(
+      f"the state has {given} meta-steps, and training would go on from the {step} of the newest "
+      f"checkpoint in {folder}: give another folder, or a state from learner.init"
+    )
+  before, now = found.extra.get("meta_step", extra["meta_step"]), extra["meta_step"]
+  if before[0] != now[0] and before[1:] == now[1:]:
+    warnings.warn(
+      f"{folder} was trained with another meta-step: the algorithm, an optimizer, the loss or a "
+      "sampler was different. Give another folder, unless that is meant",
+      stacklevel=3,
+    )
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
     equal(resumed.state, whole.state)
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-12)
   again = train(folder=tmp_path / "whole")
-  assert again.restored and again.step == 7 and again.seconds > 0
+  assert again.restored and again.step == 7 and again.seconds > 0 and again.losses == whole.losses
   equal(again.state, whole.state)
 
 
@@ -201,6 +201,40 @@ def test_another_run_is_not_taken_for_this_one(tmp_path, capsys):
   assert f"going on from meta-step 4 of {tmp_path}, the last one: nothing is left to train" in said
   train(folder=tmp_path, num_steps=5)
   assert f"going on from meta-step 4 of {tmp_path}\n" in capsys.readouterr().out
+
+
+def test_a_state_that_is_ahead_of_the_folder_is_not_dropped(tmp_path):
+  train(folder=tmp_path, num_steps=2)
+  ahead = train(num_steps=3).state
+  with pytest.raises(ValueError, match="the state has 3 meta-steps, and training would go on from"):
+    train(start=ahead, folder=tmp_path)
+  assert train(start=ahead, folder=tmp_path / "other").step == 7
+
+
+def test_another_algorithm_or_rate_in_a_folder_is_warned_of(tmp_path):
+  inner, loss = metajax.carried(optax.adam(0.05, b1=0.0)), problems.softmax_loss()
+  another = metajax.meta_learner(metajax.fomaml(loss, inner), optax.sgd(0.5), metajax.vmapped(2))
+  faster = metajax.meta_learner(metajax.reptile(loss, inner), optax.sgd(0.6), metajax.vmapped(2))
+  train(folder=tmp_path, num_steps=2)
+  train(folder=tmp_path, num_steps=2, report_every=2, steps_per_call=2)  # without a warning
+  for learner in (another, faster):
+    with pytest.warns(UserWarning, match=f"{tmp_path} was trained with another meta-step"):
+      train(learner, folder=tmp_path, num_steps=2)
+
+
+def test_jax_can_debug_what_is_compiled():
+  mesh, traced = metajax.task_mesh(jax.devices()[:1]), []
+
+  def double(x):
+    traced.append(isinstance(x, jax.core.Tracer))
+    return 2 * x
+
+  with jax.disable_jit():
+    assert programs.compiled(double, mesh, jnp.ones(()))(jnp.ones(())) == 2
+  assert not any(traced)
+  infinite = START._replace(params=jax.tree.map(lambda leaf: leaf * jnp.inf, START.params))
+  with jax.debug_nans(True), pytest.raises(FloatingPointError):
+    train(start=infinite)
 
 
 def test_parameters_may_be_python_numbers():
