@@ -69,10 +69,12 @@ def is_task(task: Any) -> None:
       "make_episode was given where a schedule belongs: give the schedule itself, such as "
       "cycling(num_steps, batch_size), without shared_tail or separate_tail"
     )
-  if not (isinstance(task, Task) and all(isinstance(part, Examples) for part in task[:2])):
+  parts = task[:2] if isinstance(task, Task) else [task]
+  wrong = [part for part in parts if part is task or not isinstance(part, Examples)]
+  if wrong:
     raise ValueError(
-      f"a task must be a metajax.Task of two metajax.Examples, not {type(task).__name__}: return "
-      "Task(Examples(inputs, targets), Examples(inputs, targets)) from sample_task"
+      f"a task must be a metajax.Task of two metajax.Examples, not {type(wrong[0]).__name__}: "
+      "return Task(Examples(inputs, targets), Examples(inputs, targets)) from sample_task"
     )
 
 
@@ -82,6 +84,14 @@ def is_count(n: Any) -> None:
     raise ValueError(
       f"a schedule takes a number of examples, not {type(n).__name__}: where make_episode belongs, "
       "give shared_tail(schedule) or separate_tail(schedule)"
+    )
+
+
+def is_key(key: Any) -> None:
+  """Checks that a key of random numbers was given."""
+  if not isinstance(key, jax.Array):
+    raise ValueError(
+      f"key must be a key of random numbers, not {key!r:.40}: give jax.random.key(0)"
     )
 
 
@@ -99,6 +109,7 @@ def uses_key(sample_task: Callable[[PRNGKey], Any], key: PRNGKey) -> None:
 
 def one_axis(mesh: jax.sharding.Mesh) -> None:
   """Checks that a mesh can be used for tasks."""
+  is_a(jax.sharding.Mesh, "mesh", mesh, "give metajax.task_mesh(devices)")
   if len(mesh.axis_names) != 1:
     raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
 

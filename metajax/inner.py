@@ -81,6 +81,7 @@ def carried(optimizer: optax.GradientTransformation) -> Carried:
 
     >>> gradient = metajax.reptile(loss_fn, metajax.carried(optax.adam(1e-3, b1=0.0)))
   """
+  checks.is_optimizer(optimizer)
   return Carried(*optax.with_extra_args_support(optimizer))
 
 
@@ -160,8 +161,8 @@ def inner_step(
   """One step phi_{i+1} = U_i(phi_i); for SGD phi_i - alpha L_i'(phi_i) (Equation 10).
 
   Args:
-    loss_fn: `(params, batch) -> scalar`, or a scalar and a dict of metrics. If its third parameter
-      is named `key`, it is given the key.
+    loss_fn: `(params, batch) -> scalar`, or a scalar and a dict of metrics. If a parameter after
+      these is named `key`, it is given the key.
     optimizer: any optax transformation; its update is added to the parameters. If it asks for more
       than the gradient, it is given the loss (`value`), its gradient (`grad`) and the loss as a
       function of the parameters (`value_fn`).

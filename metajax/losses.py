@@ -102,6 +102,7 @@ def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:
     raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
 
   def loss_fn(params: Params, examples: Examples) -> jax.Array:
-    return _REDUCTIONS[reduction](per_example(apply(params, examples.inputs), examples.targets))
+    targets = jnp.asarray(examples.targets)
+    return _REDUCTIONS[reduction](per_example(apply(params, examples.inputs), targets))
 
   return loss_fn

@@ -37,8 +37,9 @@ class MetaLearner(NamedTuple):
     init: `params -> MetaState`.
     step: `(MetaState, episodes) -> (MetaState, Info)`, one meta-step on episodes `[T, ...]`.
     adapt: `(MetaState, examples, schedule, key=None) -> params`, adapts a copy of the parameters to
-      one task by an inner step for each row of the schedule (int32 `[k, b]`); the state stays as it
-      was. The key is for a loss that draws random numbers.
+      one task by an inner step for each row of the schedule (int32 `[k, b]`), such as
+      `cycling(k, b)(key, n)` for n examples; the state stays as it was. The key is for a loss that
+      draws random numbers.
     execution: how the tasks of a meta-step are sampled and run.
   """
 

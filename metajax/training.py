@@ -143,6 +143,7 @@ def train(
   """
   checks.at_least_one(num_steps=num_steps, report_every=report_every, steps_per_call=steps_per_call)
   check_state(state)
+  checks.is_key(key)
   mesh = mesh or learner.execution.mesh or task_mesh(list(jnp.zeros(()).devices()))
   state, key = on_mesh((state, key), mesh)
   state = copied(state)  # the caller's own stays as it is

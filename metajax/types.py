@@ -61,7 +61,7 @@ class Episode(NamedTuple):
 
 
 # A loss is a function of parameters and a minibatch. It returns a scalar, or a scalar and a dict of
-# metrics to be logged. If its third parameter is named `key`, it is given a new key in each step.
+# metrics to be logged. If a parameter after these is named `key`, it gets a new key in each step.
 LossFn = Callable[..., Any]
 Apply = Callable[[Params, Any], Any]  # (params, inputs [n, ...]) -> outputs [n, ...]
 Predict = Callable[[Params, Task], Any]  # outputs [m, ...] on the test inputs
@@ -97,10 +97,12 @@ def num_steps(schedule: jax.Array) -> int:
   Raises:
     ValueError: if it is not rows `[k, b]`.
   """
-  if len(np.shape(schedule)) != 2 or not jnp.issubdtype(schedule.dtype, jnp.integer):
+  is_array = hasattr(schedule, "dtype")
+  if not is_array or schedule.ndim != 2 or not jnp.issubdtype(schedule.dtype, jnp.integer):
+    found = f"{schedule.dtype} {schedule.shape}" if is_array else type(schedule).__name__
     raise ValueError(
-      f"a schedule is integer rows [k, b] of the pool, not {schedule.dtype} {schedule.shape}: "
-      "draw it with cycling or replacement"
+      f"the rows of a schedule are an integer array [k, b], not {found}: draw them with "
+      "cycling(k, b)(key, n) or replacement(k, b)(key, n) from n examples"
     )
   return schedule.shape[0]
 

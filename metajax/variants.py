@@ -65,6 +65,7 @@ def only(
     ValueError: if `adapted` is no function; when a state is made, if no parameter is adapted.
   """
 
+  checks.is_optimizer(optimizer)
   if not callable(adapted):
     raise ValueError(
       f"adapted must be a function of names, such as lambda name: {adapted!r} in name"
