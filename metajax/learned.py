@@ -106,10 +106,10 @@ class Learned(NamedTuple):
     recipe: how it adapts.
     model: the network.
     adapt: `(inputs, labels, *, protocol="inductive", seed=0) -> predict` adapts to a task. Labels
-      are integers or strings `[n]`, of at most as many classes as the network has outputs. Then
-      `predict(inputs)` returns the `Predictions` for inputs `[m, ...]`. For a regression, labels
-      are the targets, and `predict` returns outputs `[m, ...]`. The programs are compiled once for
-      each shape. The seed determines the minibatches.
+      are integers or strings `[n]`, of two classes or more, and at most as many as the network has
+      outputs. Then `predict(inputs)` returns the `Predictions` for inputs `[m, ...]`. For a
+      regression, labels are the targets, and `predict` returns outputs `[m, ...]`. The programs are
+      compiled once for each shape. The seed determines the minibatches.
     adapt_params: `(examples, key) -> params`, the same as a pure function of arrays, with labels
       from 0: to be compiled, mapped over many tasks by `jax.vmap`, judged, or exported.
   """
@@ -432,6 +432,8 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
     ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
     if labels.ndim != 1:
       raise ValueError(f"labels must be [n], one for each input, not {labels.shape}")
+    if len(classes) < 2:
+      raise ValueError("all labels are the same: give examples of two classes or more")
     if len(classes) > ways:
       raise ValueError(
         f"this learner tells at most {ways} classes apart, and there are {len(classes)}: leave "

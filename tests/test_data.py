@@ -3,6 +3,7 @@ import http.server
 import io
 import itertools
 import os
+import sys
 import tarfile
 import threading
 import zipfile
@@ -694,6 +695,12 @@ def test_from_huggingface():
       assert np.all(np.asarray(part.inputs[start : start + 3])[..., 0] == 10 * "abc".index(name))
   with pytest.raises(DataError, match="has columns picture, kind, not picture and label: name"):
     metajax.data.from_huggingface(found, **options)
+
+
+def test_hugging_face_without_its_library(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(ImportError, match="needs a library: pip install datasets"):
+    metajax.data.from_huggingface("uoft-cs/cifar100", size=32)
 
 
 @pytest.mark.parametrize("opener", ["tarfile.open", "zipfile.ZipFile"])

@@ -601,3 +601,8 @@ def test_a_learner_that_comes_with_metajax(data, splits):
 def test_predictions_of_nothing_are_refused(learned):
   with pytest.raises(ValueError, match="there is no input: give at least one"):
     learned.adapt(IMAGES, LABELS)(MORE[:0])
+
+
+def test_labels_of_one_class_are_refused(learned):
+  with pytest.raises(ValueError, match="all labels are the same: give examples of two classes"):
+    learned.adapt(IMAGES, ["a"] * len(IMAGES))

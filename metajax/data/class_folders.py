@@ -341,7 +341,7 @@ def _check_choice(unreadable: str) -> None:
 
 def _refuse(bad: list[str], form: Format) -> None:
   if bad:
-    advice = ", or skip such files with unreadable='skip'" if form.fit else ""
+    advice = ", or skip such files (unreadable=skip)" if form.fit else ""
     raise DataError(_listed(bad) + advice)
 
 

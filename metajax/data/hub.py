@@ -96,8 +96,12 @@ def from_huggingface(
 
   Raises:
     DataError: if there are no such columns.
+    ImportError: if the library is not installed.
   """
-  import datasets
+  try:
+    import datasets
+  except ImportError as error:
+    raise ImportError("from_huggingface needs a library: pip install datasets") from error
 
   found = datasets.load_dataset(name) if isinstance(name, str) else name
   parts = list(found.values()) if isinstance(found, dict) else [found]
