@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-import metajax
 from metajax import checks
 from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
@@ -285,7 +285,13 @@ def _fingerprint(
   program = jax.make_jaxpr(one_step)(*jax.tree.map(without_sharding, (state, key)))
   text = re.sub("0x[0-9a-f]+", "", str(program))  # without addresses in memory
   platform = mesh.devices.flat[0].platform
-  return [zlib.crc32(text.encode()), metajax.__version__, jax.__version__, platform, mesh.size]
+  return [
+    zlib.crc32(text.encode()),
+    metadata.version("metajax"),
+    jax.__version__,
+    platform,
+    mesh.size,
+  ]
 
 
 def _check_goes_on(

@@ -83,7 +83,7 @@ def test_a_folder_is_one_run_of_wandb_and_another_folder_is_another(tmp_path, mo
 def test_trackers_that_are_not_here_are_refused_beforehand(tmp_path, glyphs, monkeypatch):
   with pytest.raises(ValueError, match="--track=visdom must be one or more of tensorboard, wandb"):
     runs.prepare(tiny(track=("visdom",)), tmp_path / "run")
-  with pytest.raises(ValueError, match="--track=visdom must be of"):
+  with pytest.raises(ValueError, match="--track=visdom must be one or more of"):
     runs.check_all([("", tiny(track=("visdom",)), tmp_path / "run")])
   monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
   with pytest.raises(ValueError, match=r"--track=wandb needs a package .*: pip install wandb"):
