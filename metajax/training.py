@@ -106,7 +106,7 @@ def train(
 
   With a folder, the state is saved before every report but the one at the start. The same call then
   resumes an interrupted run, makes a report that was interrupted again, and ends with bit-identical
-  parameters. A warning is given if the folder was trained with another meta-step, such as that of
+  parameters. A warning is given if the folder was trained with another meta-step, as it is with
   another algorithm or another rate. Data that the samplers close over becomes an argument of the
   compiled programs.
 
@@ -319,8 +319,8 @@ def _check_goes_on(
   before, now = found.extra.get("meta_step", extra["meta_step"]), extra["meta_step"]
   if before[0] != now[0] and before[1:] == now[1:]:
     warnings.warn(
-      f"{folder} was trained with another meta-step: the algorithm, an optimizer, the loss or a "
-      "sampler was different. Give another folder, unless that is meant",
+      f"{folder} was trained with another meta-step: the algorithm, an optimizer, the loss, a "
+      "sampler, or only how they are computed has changed. Unless that is meant, give another folder",
       stacklevel=3,
     )
 
