@@ -320,7 +320,7 @@ def _check_goes_on(
   if before[0] != now[0] and before[1:] == now[1:]:
     warnings.warn(
       f"{folder} was trained with another meta-step: the algorithm, an optimizer, the loss, a "
-      "sampler, or only how they are computed has changed. Unless that is meant, give another folder",
+      "sampler, or only how they are computed has changed. Unless you mean it, give another folder",
       stacklevel=3,
     )
 
