@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 import zlib
@@ -104,8 +106,9 @@ def train(
 ) -> Record:
   """Trains up to meta-step `num_steps`, with a progress bar.
 
-  With a folder, the state is saved before every report but the one at the start. The same call then
-  resumes an interrupted run, makes a report that was interrupted again, and ends with bit-identical
+  With a folder, the state is saved before every report but the one at the start, and after Ctrl-C,
+  which ends training when the compiled call under way is done. The same call then resumes an
+  interrupted run, makes a report that was interrupted again, and ends with bit-identical
   parameters. A warning is given if the folder was trained with another meta-step, as it is with
   another algorithm or another rate. Data that the samplers close over becomes an argument of the
   compiled programs.
@@ -241,7 +244,7 @@ def train(
           programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
       start = time.perf_counter()
       # Everything stays on the device, sampling included.
-      with jax.transfer_guard("allow" if debugging() else "disallow"):
+      with jax.transfer_guard("allow" if debugging() else "disallow"), _interrupts() as interrupts:
         state, infos, finite = jax.block_until_ready(programs[steps](state, key))
       seconds += time.perf_counter() - start
       infos = jax.device_get(infos)
@@ -261,6 +264,9 @@ def train(
       step += steps
       sums = sums.add(infos)
       bar.update(steps)
+      if interrupts:
+        keep()
+        raise KeyboardInterrupt
       new = Sums().add(infos)
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
 
@@ -323,6 +329,35 @@ def _check_goes_on(
       "sampler, or only how they are computed has changed. Unless you mean it, give another folder",
       stacklevel=3,
     )
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+  """Yields a list of the interrupts (Ctrl-C) within; a second one is raised at once.
+
+  Raised in a compiled call, an interrupt would lose the state, whose memory the call uses. A
+  program's own handler stays as it is, and processes that share a run end at once: only together
+  could they save.
+  """
+  caught: list[int] = []
+
+  def handle(number: int, frame: Any) -> None:
+    if caught:
+      signal.default_int_handler(number, frame)
+    caught.append(number)
+
+  if (
+    threading.current_thread() is not threading.main_thread()
+    or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    or jax.process_count() > 1
+  ):
+    yield caught
+    return
+  signal.signal(signal.SIGINT, handle)
+  try:
+    yield caught
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

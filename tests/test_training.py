@@ -4,6 +4,9 @@ import functools
 import io
 import itertools
 import json
+import os
+import signal
+import threading
 import time
 
 import jax
@@ -120,6 +123,30 @@ def test_what_is_interrupted_in_a_report_was_saved_before(step, tmp_path):
   reports.clear()
   train(folder=tmp_path, report=report)
   assert reports == [(step, True), *[(later, False) for later in (3, 6, 7) if later >= step]]
+
+
+def test_what_is_interrupted_by_the_keyboard_is_saved(tmp_path):
+  """In a program's main thread, as in a notebook."""
+  pressed = []
+
+  def press(drawn):
+    if not pressed and drawn is not None:
+      pressed.append(os.kill(os.getpid(), signal.SIGINT))
+      time.sleep(0.1)
+
+  def sample(key):
+    jax.debug.callback(press, key)
+    return sample_task(key)
+
+  assert threading.current_thread() is threading.main_thread()
+  handler, options = signal.getsignal(signal.SIGINT), {"steps_per_call": 2, "report_every": 7}
+  run = functools.partial(metajax.train, LEARNER, sample, MAKE_EPISODE, START, KEY, folder=tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    run(num_steps=7, **options)
+  assert signal.getsignal(signal.SIGINT) is handler
+  records = []
+  run(num_steps=2, report=records.append)
+  assert records[0].restored and records[0].step == 2
 
 
 def test_a_report_returns_a_number(tmp_path):
