@@ -97,6 +97,7 @@ def fomaml(
 
   Nothing is differentiated through the inner steps. L_k is the outer loss and does not pass
   through the inner optimizer. If that one is `carried`, its state after `k - 1` steps is handed on.
+  With k = 1 there is no inner step: that is joint training on all tasks.
 
   Args:
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
@@ -131,7 +132,8 @@ def maml(
 
   Everything that happens within a task is differentiated through, including what a fresh inner
   optimizer's state takes from phi. The state of a `carried` optimizer at the start of a task is
-  held constant; its state after `k - 1` steps is handed on, as for `fomaml`.
+  held constant; its state after `k - 1` steps is handed on, as for `fomaml`. With k = 1 there is no
+  inner step.
 
   Args:
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
