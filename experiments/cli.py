@@ -5,6 +5,7 @@ import signal
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -71,6 +72,8 @@ def main(
       implied=implied,
     )
     logging.set_verbosity(logging.FATAL)  # Orbax logs some forty lines a save; errors are raised
+    # Run folders compare the flags, which know what may change, such as the way to convolve.
+    warnings.filterwarnings("ignore", message=".* was trained with another meta-step")
     metajax.cores_as_devices()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       cache = metajax.data.cache_directory() / "compiled"
