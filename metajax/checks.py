@@ -69,8 +69,9 @@ def is_task(task: Any) -> None:
       "make_episode was given where a schedule belongs: give the schedule itself, such as "
       "cycling(num_steps, batch_size), without shared_tail or separate_tail"
     )
-  parts = task[:2] if isinstance(task, Task) else [task]
-  wrong = [part for part in parts if part is task or not isinstance(part, Examples)]
+  wrong = [task]
+  if isinstance(task, Task):
+    wrong = [part for part in task[:2] if not isinstance(part, Examples)]
   if wrong:
     raise ValueError(
       f"a task must be a metajax.Task of two metajax.Examples, not {type(wrong[0]).__name__}: "

@@ -102,7 +102,9 @@ def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:
     raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
 
   def loss_fn(params: Params, examples: Examples) -> jax.Array:
-    targets = jnp.asarray(examples.targets)
+    targets = examples.targets
+    if not isinstance(targets, jax.Array):  # a list, or NumPy's, whose values jit knows
+      targets = np.asarray(targets)
     return _REDUCTIONS[reduction](per_example(apply(params, examples.inputs), targets))
 
   return loss_fn

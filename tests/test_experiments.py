@@ -3,6 +3,7 @@ import re
 import shutil
 import signal
 import threading
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -290,6 +291,20 @@ def test_the_best_is_chosen_on_validation_or_training_tasks_never_on_test():
   assert plots.learning_curve_score({"step": 1, "test": cell(0.4)}) is None
   line["train"]["5-shot"]["failed"] = 49  # and the accuracy is that of the other task
   assert plots.learning_curve_score(line) is None
+
+
+def test_flags_decide_whether_a_run_is_the_same(tmp_path, monkeypatch):
+  """They may change how it is computed, of which `metajax.train` warns."""
+  warn = lambda: warnings.warn("FOLDER was trained with another meta-step: ...", stacklevel=1)
+  monkeypatch.setattr("sys.argv", ["program.py", f"--out={tmp_path / 'run'}"])
+  monkeypatch.setattr(metajax, "cores_as_devices", lambda: None)  # the tests' backend is there
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    cli.main(lambda *settings: warn)
+  finally:
+    jax.config.update("jax_default_matmul_precision", None)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("main", [cli.main, cli.main_without_folder])

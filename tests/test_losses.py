@@ -28,6 +28,16 @@ def test_reductions(reduction, reduce):
   )
 
 
+def test_labels_may_be_a_list_and_are_known_inside_of_jit():
+  loss = losses.cross_entropy(lambda params, inputs: params, reduction="sum")
+  of_labels = lambda labels: jax.jit(lambda logits: loss(logits, Examples(None, labels)))
+  logits = jnp.asarray(LOGITS)
+  assert loss(logits, Examples(None, list(LABELS))) == loss(logits, Examples(None, LABELS))
+  for bad in (BAD_LABELS[0], BAD_LABELS[0].tolist()):
+    with pytest.raises(ValueError, match="labels must be from 0 to 2 for 3 outputs, not from 1"):
+      of_labels(bad)(logits)
+
+
 def test_accuracy():
   outputs = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [0.1, 0.2, 0.3], [1.0, 0.0, 0.0]])
   labels = jnp.array([0, 1, 2, 1])
