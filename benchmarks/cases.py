@@ -133,6 +133,16 @@ def _convolutional(size: int, channels: int, filters: int, pool: bool) -> list[L
   return [*layers, Layer(1, size**2 * filters, 5)]
 
 
+def gradients(case: Case) -> list[tuple[int, int]]:
+  """The gradients that a task computes, as pairs of the size of a minibatch and their number.
+
+  A Hessian-vector product counts as two gradients. In an evaluation, all steps adapt.
+  """
+  through = 3 if case.algorithm.startswith("maml") else 1
+  last = case.batch if case.algorithm == "evaluation" else case.tail
+  return [(case.batch, through * (case.inner_steps - 1)), (last, 1)]
+
+
 def step_flops(case: Case, forward: float) -> float:
   """The model FLOPs of a meta-step, counted as the docstring of this module says.
 
@@ -140,11 +150,9 @@ def step_flops(case: Case, forward: float) -> float:
     case: the settings of the meta-step.
     forward: the FLOPs of one example's forward pass.
   """
-  through = 3 if case.algorithm.startswith("maml") else 1
-  inner = through * 3 * forward * case.batch * (case.inner_steps - 1)
-  if case.algorithm == "evaluation":
-    return case.meta_batch * (inner + 3 * forward * case.batch + forward * case.tail)
-  return case.meta_batch * (inner + 3 * forward * case.tail)
+  examples = 3 * sum(batch * number for batch, number in gradients(case))
+  predicted = case.tail if case.algorithm == "evaluation" else 0
+  return case.meta_batch * forward * (examples + predicted)
 
 
 def loss_of(case: Case, model: metajax.Model) -> Any:

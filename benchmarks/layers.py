@@ -83,16 +83,13 @@ def compare(case: cases.Case, square: cases.MatrixProducts) -> None:
 def _products(case: cases.Case) -> dict[tuple[str, tuple[int, int, int]], int]:
   """Counts how often a task computes each product.
 
-  A Hessian-vector product counts as two gradients. In an evaluation, all steps adapt, and the
-  predictions after them are left out.
+  The predictions of an evaluation are left out.
 
   Returns:
     The count of each `(name, (rows, depth, columns))`.
   """
   counts: dict[tuple[str, tuple[int, int, int]], int] = {}
-  through = 3 if case.algorithm.startswith("maml") else 1
-  last = case.batch if case.algorithm == "evaluation" else case.tail
-  for batch, gradients in ((case.batch, through * (case.inner_steps - 1)), (last, 1)):
+  for batch, gradients in cases.gradients(case):
     for index, layer in enumerate(cases.network(case.model, case.convolution).layers):
       for name in _PRODUCTS:
         if gradients and (index or name != "by inputs"):

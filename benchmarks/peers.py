@@ -33,6 +33,11 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
   if "evaluation" in FLAGS.algorithms:
     sys.exit("peers: --algorithms=evaluation has no gradient to compare: use wall_clock")
+  if "serial" in FLAGS.execution and any(name.startswith("reptile") for name in FLAGS.algorithms):
+    sys.exit(
+      "peers: --execution=serial hands Adam's state from task to task in Reptile, which the peers "
+      "do not: use another execution"
+    )
   os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # so that compiling is measured
   try:
     from benchmarks import torch_peers

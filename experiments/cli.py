@@ -73,7 +73,7 @@ def main(
     )
     logging.set_verbosity(logging.FATAL)  # Orbax logs some forty lines a save; errors are raised
     # Run folders compare the flags, which know what may change, such as the way to convolve.
-    warnings.filterwarnings("ignore", message=".* was trained with another meta-step")
+    warnings.filterwarnings("ignore", message="a meta-step computes something else")
     metajax.cores_as_devices()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       cache = metajax.data.cache_directory() / "compiled"

@@ -101,8 +101,7 @@ def run(
   many = [one for of_seeds in zip(*by_curve.values(), strict=True) for one in of_seeds]
   many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # longest first: none ends alone
   results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
-  before: dict[str, Any] = folder.result() or {"curves": {}, "seeds": seeds}
-  curves = before["curves"] if before["seeds"] == seeds else {}
+  curves: dict[str, Any] = folder.earlier("curves", seeds) or {}
   curves |= {
     name: plots.cells_over_seeds([results[out] for _, _, out in of_seeds])
     for name, of_seeds in by_curve.items()
@@ -170,9 +169,9 @@ def program(options: cli.Run, curves: Curves, recipe: Recipe) -> Callable[[], An
     if not there:
       raise ValueError(f"{out} holds no run to draw: train first, without --plot_only")
     return partial(draw, there, out / "figure3")
-  runs.check_all([one for of_seeds in by_curve.values() for one in of_seeds])
   folder = runs.open_folder(recipe, out, without=_DECIDED, free=runs.COST)
   folder.check_seeds(options.seeds, all_of_them=set(curves.curves) == set(CURVES))
+  runs.check_all([one for of_seeds in by_curve.values() for one in of_seeds])
   folder.begin("a run of each curve and seed")
   return folders.locked(out, partial(run, recipe, by_curve, folder, options.seeds))
 

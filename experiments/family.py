@@ -117,12 +117,7 @@ def on_waves(name: str, family: Family, seed: int, out: Path, mesh: jax.sharding
     return jnp.stack([error(params, wave.test) for params in adapted])
 
   keys = jax.random.split(test_key, family.eval_tasks)
-  found = np.asarray(jax.jit(jax.vmap(losses, in_axes=(None, 0)))(state, keys))
-  summary = [metajax.mean_and_interval(column) for column in found.T]
-  result = {
-    "loss": [round(cell.mean, 6) for cell in summary],
-    "interval95": [round(cell.interval, 6) for cell in summary],
-  }
+  result = plots.mean_losses(jax.jit(jax.vmap(losses, in_axes=(None, 0)))(state, keys))
   folder.finish(result)
   return result
 
@@ -227,8 +222,7 @@ def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) 
   slowest = ("multi_step", "meta_sgd", "layer_rates", "cavia", "maml", "boil", "imaml")
   many.sort(key=lambda one: one[1].algorithm not in slowest)  # so that none ends alone
   results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
-  before = folder.result() or {"methods": {}, "seeds": seeds}
-  methods = before["methods"] if before["seeds"] == seeds else {}
+  methods = folder.earlier("methods", seeds) or {}
   for name, of_seeds in by_method.items():
     found = [results[out] for _, _, out in of_seeds]
     methods[name] = {
@@ -317,10 +311,10 @@ def program(options: cli.Run, family: Family) -> Callable[[], Any]:
   if options.plot_only:
     return partial(draw, folders.finished(out, "wave_steps"), out / "family")
   by_method = runs_of(family, options.seeds, out)
-  runs.check_all([one for of_seeds in by_method.values() for one in of_seeds])
   kept = {"meta_steps": family.meta_steps, "wave_steps": family.wave_steps, "seed": family.seed}
   folder = folders.RunFolder(out, kept | {"eval_tasks": family.eval_tasks})
   folder.check_seeds(options.seeds, all_of_them=set(family.methods) == set(FAMILY))
+  runs.check_all([one for of_seeds in by_method.values() for one in of_seeds])
   folder.begin("a run of each method and seed")
   return folders.locked(out, partial(run, family, by_method, folder, options.seeds))
 

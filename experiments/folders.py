@@ -70,7 +70,7 @@ class RunFolder:
     self._lines = [f"--{name}={as_text(value)}" for name, value in sorted(settings.items())]
     self._free = free
     self._defaults = {f"--{name}={as_text(value)}" for name, value in (defaults or {}).items()}
-    if self._flags.is_file():
+    if self.begun():
       self._compare([line for line in self._before() if line.startswith("--")])
 
   def _before(self) -> list[str]:
@@ -89,6 +89,10 @@ class RunFolder:
         "go on as it began, choose another --out, or start over with --fresh"
       )
 
+  def begun(self) -> bool:
+    """Whether a run was begun here."""
+    return self._flags.is_file()
+
   def conditions(self) -> list[str]:
     """The further conditions under which the run was begun."""
     return [line[2:] for line in self._before() if line.startswith("# ")]
@@ -100,7 +104,7 @@ class RunFolder:
       ValueError: if the run was begun under other conditions.
     """
     self._lines += [f"# {condition}" for condition in conditions]
-    if self._flags.is_file():
+    if self.begun():
       self._compare(self._before())
 
   def begin(self, *conditions: str) -> None:
@@ -174,6 +178,11 @@ class RunFolder:
   def result(self) -> Line | None:
     """The content of result.json, or None if the run is not complete."""
     return finished(self.path) if (self.path / "result.json").exists() else None
+
+  def earlier(self, part: str, seeds: int) -> Any:
+    """A part of the result that is there, to be added to; None if it is not of as many seeds."""
+    before = self.result() or {}
+    return before[part] if before.get("seeds") == seeds else None
 
   def finish(self, result: Line) -> None:
     """Writes result.json, which marks the run as complete."""

@@ -136,8 +136,7 @@ def run(
   """Trains the runs that are not complete, and returns the content of result.json."""
   many = {one[2]: one for point in found for one in point.runs}
   results = dict(zip(many, runs.run_all(list(many.values()), diverging_guesses=True), strict=True))
-  before = folder.result() or {"points": [], "seeds": seeds}
-  kept = before["points"] if before["seeds"] == seeds else []
+  kept = folder.earlier("points", seeds) or []
   points = [point for point in kept if point["panel"] not in panels.panels] + [
     {
       "panel": point.panel,
@@ -212,9 +211,9 @@ def program(options: cli.Run, panels: Panels, recipe: Recipe) -> Callable[[], An
     if not shown:
       raise ValueError(f"{out} has no points of --panels={','.join(panels.panels)} yet")
     return partial(draw, result | {"points": shown}, out / "figure4")
-  runs.check_all([one for point in found for one in point.runs])
   folder = runs.open_folder(recipe, out, without=_DECIDED, free=runs.COST)
   folder.check_seeds(options.seeds, all_of_them=set(panels.panels) == set(PANELS))
+  runs.check_all([one for point in found for one in point.runs])
   folder.begin("a run of each point and seed")
   return folders.locked(out, partial(run, recipe, panels, found, folder, options.seeds))
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # before importing pyplot; no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
+from numpy.typing import ArrayLike
 
 import metajax
 from experiments.folders import Line, writes
@@ -34,6 +35,15 @@ def with_intervals(values: dict[str, np.ndarray]) -> Line:
     if len(judged) < len(column):
       cells[name]["failed"] = len(column) - len(judged)
   return cells
+
+
+def mean_losses(losses: ArrayLike) -> Line:
+  """The mean over tasks of losses `[tasks, n]`, and its 95 % interval, `{"loss", "interval95"}`."""
+  summary = [metajax.mean_and_interval(column) for column in np.asarray(losses).T]
+  return {
+    "loss": [round(cell.mean, 6) for cell in summary],
+    "interval95": [round(cell.interval, 6) for cell in summary],
+  }
 
 
 def cells_over_seeds(results: Sequence[Line]) -> Line:
@@ -178,7 +188,7 @@ def draw_predictions(
       axes.set_title(title, fontsize=8, parse_math=False)
       place = {"ha": "center", "va": "top", "transform": axes.transAxes}
       axes.text(0.5, -0.04, names[row][-18:], fontsize=5, parse_math=False, **place)
-    part = f"every {every}th of {len(images)} images" if every > 1 else f"{len(images)} images"
+    part = f"{len(shown)} of {len(images)} images" if every > 1 else f"{len(images)} images"
     figure.suptitle(f"most probable class and its probability, {part}", fontsize=9)
 
 

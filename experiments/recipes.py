@@ -73,8 +73,8 @@ class Training(Settings):
     "this one up to all that are not in a separate tail.", at_least=1)
   loss_reduction: Literal["sum", "mean"] = option("sum", "Over the examples of a minibatch.")
   outer_optimizer: Literal["sgd", "adam"] = option("sgd",
-    "Its gradient is phi - U^k(phi) for reptile and joint, that of the last loss for fomaml and "
-    "maml, and the weighted sum for combine.")
+    "Its gradient is, for reptile and joint, the parameters before the inner steps minus those "
+    "after them; for fomaml and maml that of the last loss, and for combine the weighted sum.")
   outer_rate: float = option(1.0, "The outer learning rate at the start.", above=0)
   outer_rate_final: float = option(0.0,
     "The outer learning rate at the end.", not_below=0)
@@ -107,7 +107,7 @@ class Training(Settings):
   curve_splits: tuple[str, ...] = option(("train", "test"),
     "The tasks that the learning curve is measured on: one or more of train, validation and test, "
     "separated by commas. The best checkpoint is chosen on validation tasks, or without them on "
-    "training tasks, never on test tasks.")
+    "training tasks. It is never chosen on test tasks, so that with test alone there is none.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,8 +235,8 @@ def predict_tasks(run: Run, report: Report) -> list[Predicted]:
   """
   (recipe,) = cli.parse([f"--{name}={value}" for name, value in run.flags.items()], (Recipe(),))
   learned = metajax.load(run.path / LEARNER)
-  data = {"data_dir": report.data_dir, "cache_dir": report.cache_dir}
-  splits = build.load(replace(recipe, **data))
+  data_dir = report.data_dir if recipe.dataset != "glyphs" else None
+  splits = build.load(replace(recipe, data_dir=data_dir, cache_dir=report.cache_dir))
   if f"# {folders.describe(splits)}" not in (run.path / "flags.txt").read_text().splitlines():
     raise ValueError("the data are not those that the run was trained on: give their --data_dir")
   shots, _ = max(recipe.shots_and_batches)  # as the learner file

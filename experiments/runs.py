@@ -58,6 +58,11 @@ def conditions(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.M
   return found
 
 
+def _states_of(folder: RunFolder) -> list[str]:
+  """The condition on the number of inner states with which a run was begun, if there is one."""
+  return [condition for condition in folder.conditions() if condition.startswith(_STATES)]
+
+
 def prepare(
   recipe: Recipe, out: str | Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Experiment, RunFolder]:
@@ -81,13 +86,23 @@ def prepare(
 
 
 def check_all(many: Sequence[tuple[str, Recipe, Path]]) -> None:
-  """Raises what is wrong with any of several runs, by the first's data, before one is trained."""
+  """Raises what is wrong with any of several runs, before one is trained.
+
+  Those that have not begun are built with the first run's data. Those that have, which may be
+  complete, must be of the same data as they began with.
+  """
   for _, recipe, _ in many:
     trackers.check(recipe.track or ())
   splits = build.load(many[0][1])
+  by_seed = {many[0][1].seed: folders.describe(splits)}
   for _, recipe, out in many:
-    open_folder(recipe, out)
+    folder = open_folder(recipe, out)
+    complete(recipe, folder)
     build.build(recipe, splits, build.mesh_of(recipe))
+    if folder.begun():
+      if recipe.seed not in by_seed:
+        by_seed[recipe.seed] = folders.describe(build.load(recipe))
+      folder.check(by_seed[recipe.seed], *_states_of(folder))
 
 
 class Keys(NamedTuple):
@@ -318,7 +333,7 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   mesh = build.mesh_of(recipe)
   splits = metajax.programs.on_mesh(build.load(recipe), mesh)
   experiment = build.build(recipe, splits, mesh)
-  states = [condition for condition in folder.conditions() if condition.startswith(_STATES)]
+  states = _states_of(folder)
   folder.check(folders.describe(splits), *states)
   keys = keys_of(recipe, mesh)
   like = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
@@ -330,6 +345,11 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
     find = {"newest": opened.restore, "best": opened.best}[which]
     found = find(metajax.programs.on_mesh(like, mesh))
   if found is None:
+    if which == "best" and set(recipe.curve_splits) == {"test"}:
+      raise ValueError(
+        f"{folder.path} has no best checkpoint, which is never chosen on test tasks, and its "
+        "learning curve has no others: use --judge=newest"
+      )
     raise ValueError(f"{folder.path} has no {which} checkpoint yet: wait, or use --judge=newest")
   step = int(found.state.step)
   ways = {name: value for name, value in values_of(recipe, Judging).items() if name != "eval_tasks"}

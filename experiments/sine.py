@@ -91,12 +91,7 @@ def adapt(params: Any, task: metajax.Task) -> tuple[Any, jax.Array]:
 
 def judge(params: Any, key: jax.Array, num_tasks: int) -> dict[str, list[float]]:
   """The mean loss over new waves after each number of steps, with its 95 % interval."""
-  losses = np.asarray(_losses(params, key, num_tasks))
-  summary = [metajax.mean_and_interval(column) for column in losses.T]
-  return {
-    "loss": [round(cell.mean, 6) for cell in summary],
-    "interval95": [round(cell.interval, 6) for cell in summary],
-  }
+  return plots.mean_losses(_losses(params, key, num_tasks))
 
 
 _sample = jax.jit(metajax.data.sine.sample_task())
@@ -256,7 +251,7 @@ def report(result: dict[str, Any]) -> None:
       cells = [f"{cell} ({between[n]:.3f})" for cell, n in zip(cells, shown, strict=True)]
     print(f"  {name:9s}" + "".join(f"{cell:>{width}s}" for cell in cells))
   largest = found["joint"]["largest_prediction_before"]
-  print(f"  joint training predicts 0: its largest prediction is {largest:.3f}")
+  print(f"  the largest prediction of joint training, before it adapts, is {largest:.3f}")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

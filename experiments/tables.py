@@ -369,14 +369,15 @@ def two_steps() -> Iterator[str]:
   yield "| runs | g2 | g1 + g2 | g2 - (g1 + g2) | g2 - (g1 + g2), inductive |"
   yield "|---" * 5 + "|"
   for label, folder in TWO_STEPS.items():
-    shown = [f"{_by_seed(RESULTS / folder / name, FIVE).mean():.2f}" for name in ("last2", "sum2")]
+    pair = [_by_seed(RESULTS / folder / name, FIVE) for name in ("last2", "sum2")]
+    shown = [f"{np.mean(list(by_seed.values())):.2f}" for by_seed in pair]
     shown += [_difference(RESULTS / folder, "last2", "sum2", cell) for cell in reversed(_BOTH)]
     yield f"| {label} | {' | '.join(shown)} |"
 
 
 def _over_seeds(folder: Path, cell: str) -> str:
   """The mean over the seeds of a curve and, if there are several, the deviation between them."""
-  found = _by_seed(folder, cell)
+  found = np.array(list(_by_seed(folder, cell).values()))
   apart = f" ({found.std(ddof=1):.2f})" if len(found) > 1 else ""
   return f"{found.mean():.2f}{apart}"
 
@@ -384,15 +385,16 @@ def _over_seeds(folder: Path, cell: str) -> str:
 def _difference(folder: Path, name: str, other: str, cell: str) -> str:
   """The mean difference between two curves over the seeds that both have, and that of each seed."""
   one, two = (_by_seed(folder / curve, cell) for curve in (name, other))
-  both = min(len(one), len(two))
-  apart = one[:both] - two[:both]
+  apart = np.array([one[seed] - two[seed] for seed in one if seed in two])
   return f"{apart.mean():+.2f} ({', '.join(f'{each:+.2f}' for each in apart)})"
 
 
-def _by_seed(folder: Path, cell: str) -> np.ndarray:
-  """The accuracy of the run of each seed, in percent."""
-  results = [folders.finished(path) for path in folders.seeds_in(folder)]
-  return np.array([100 * result["cells"][cell]["accuracy"] for result in results])
+def _by_seed(folder: Path, cell: str) -> dict[str, float]:
+  """The accuracy of the run of each seed, in percent, by the name of its folder."""
+  return {
+    path.name: 100 * folders.finished(path)["cells"][cell]["accuracy"]
+    for path in folders.seeds_in(folder)
+  }
 
 
 # Pairs of runs on Omniglot, before and since the network of their recipes inverts images.

@@ -8,7 +8,7 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from metajax import data, losses, models, theory, training, variants
+from metajax import data, losses, models, programs, theory, training, variants
 from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import (
   cycling,
@@ -75,6 +75,7 @@ __all__ = [
   "mean_and_interval",
   "meta_learner",
   "models",
+  "programs",
   "replacement",
   "reptile",
   "run",

@@ -104,14 +104,12 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   damaged: dict[int, str] = {}
   saving = False
 
-  def clean() -> None:
-    """Removes what an earlier process was writing when it ended, and what is damaged."""
+  def begin() -> None:
+    """Makes the folder, and removes what an earlier process was writing when it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
       for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    for step in damaged:
-      manager.delete(step)
-    damaged.clear()
 
   def save(state: MetaState, extra: dict[str, Any] | None = None) -> None:
     nonlocal saving
@@ -127,9 +125,11 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     beside = {"text": text, "crc32": zlib.crc32(text.encode())}
     try:
       if not saving:
-        folder.mkdir(parents=True, exist_ok=True)
-        clean()
+        begin()
         saving = True
+      for other in damaged:
+        manager.delete(other)
+      damaged.clear()
       if step in manager.all_steps():
         raise FileExistsError(f"there is a checkpoint of step {step} already")
       if any(other >= step for other in rated):  # of checkpoints that were damaged

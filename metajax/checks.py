@@ -149,6 +149,16 @@ def _like(expected: Any, found: Any, message: str) -> None:
     raise ValueError(message) from error
 
 
+def _update(
+  optimizer: optax.GradientTransformation, grads: Params, state: Any, params: Params
+) -> tuple[Params, Any]:
+  """An update, with all that an optimizer may ask for beside the gradient."""
+  one = jnp.ones(())
+  return optax.with_extra_args_support(optimizer).update(
+    grads, state, params, grad=grads, value=one, value_fn=lambda params: one
+  )
+
+
 def _abstract(tree: Any) -> Any:
   """The shapes and dtypes of a tree, whose leaves may be Python numbers."""
   return jax.eval_shape(lambda tree: tree, tree)
@@ -159,7 +169,7 @@ def floating_point(params: Params) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
-      name = jax.tree_util.keystr(path) or "theirs"
+      name = leaf_name(path) or "the parameter"
       raise ValueError(
         f"parameters must be floating point, and {name} is {dtype}: convert it, or leave it out"
       )
@@ -290,12 +300,10 @@ def no_raw_gradients(
 
   `optax.masked` does so with the parameters that it leaves out.
   """
-  optimizer = optax.with_extra_args_support(optimizer)
   like = _abstract(params)
-  extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
 
   def update(grads: Params, params: Params) -> Params:
-    return optimizer.update(grads, optimizer.init(params), params, grad=grads, **extra)[0]
+    return _update(optimizer, grads, optimizer.init(params), params)[0]
 
   program = jax.make_jaxpr(update)(like, like).jaxpr
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(like)]
@@ -313,15 +321,12 @@ def moves_everything(optimizer: optax.GradientTransformation, params: Params) ->
 
   Rates that are traced count as 1.
   """
-  optimizer = optax.with_extra_args_support(optimizer)
   like = _abstract(params)
-  extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
 
   def moved() -> Params:
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), like)
-    update = lambda state: optimizer.update(ones, state, ones, grad=ones, **extra)
-    first, state = update(optimizer.init(ones))
-    second, _ = update(state)  # a rate may begin at 0
+    first, state = _update(optimizer, ones, optimizer.init(ones), ones)
+    second, _ = _update(optimizer, ones, state, ones)  # a rate may begin at 0
     return jax.tree.map(lambda a, b: jnp.any((a != 0) | (b != 0)), first, second)
 
   with jax.ensure_compile_time_eval():
@@ -350,16 +355,15 @@ def twice_differentiable(optimizer: optax.GradientTransformation, params: Params
   for a fresh state and for the state after a step. Rates that are traced count as 1. Optimizers
   that fail only where a whole parameter has no gradient, such as muon, pass.
   """
-  like, optimizer = _abstract(params), optax.with_extra_args_support(optimizer)
+  like = _abstract(params)
   filled = lambda value: jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), like)
 
   def slopes(grads: Params) -> list[Params]:
     ones, states = filled(1.0), [optimizer.init(filled(1.0))]
-    extra = {"value": jnp.ones(()), "value_fn": lambda params: jnp.ones(())}
-    states.append(optimizer.update(ones, states[0], ones, grad=ones, **extra)[1])
+    states.append(_update(optimizer, ones, states[0], ones)[1])
     found = []
     for state in states:
-      update = lambda g, state=state: optimizer.update(g, state, ones, grad=g, **extra)[0]
+      update = lambda g, state=state: _update(optimizer, g, state, ones)[0]
       _, pull_back = jax.vjp(update, grads)
       found.append(pull_back(ones)[0])
     return found

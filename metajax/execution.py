@@ -121,7 +121,7 @@ def serial(num_tasks: int) -> Execution:
         return (inner_state, jax.tree.map(jnp.add, total, gradient)), info
 
       checks.leading_axis("episodes", episodes, num_tasks)
-      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf)), params)
+      zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _wide(leaf)), params)
       (inner_state, total), infos = jax.lax.scan(body, (inner_state, zeros), episodes)
       info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
       return _mean(total, num_tasks, params), inner_state, info
@@ -139,7 +139,8 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
   One all-reduce adds the gradients of all devices. The result does not depend on the number of
   devices, apart from rounding. If the inner optimizer is `carried`, each of the T places in the
   meta-batch keeps its state on the device that runs it. If the number of devices does not divide
-  `T`, the last task is repeated to fill the remaining places, which do not count.
+  `T`, the last task is repeated to fill the remaining places, which do not count. Episodes of your
+  own may be `T`, or as many as there are places, of which the first `T` count.
 
   Args:
     num_tasks: `T`, the tasks of a meta-batch.
@@ -229,7 +230,7 @@ def _sample_on_one_device(
 
 
 def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerState, Info]]:
-  """The estimate of one task, with its gradient checked, and as wide as it is added to others.
+  """The estimate of one task, with its gradient checked, and all as wide as it is added to others.
 
   Raises:
     ValueError: if the gradient does not have the structure and the shapes of the parameters.
@@ -241,14 +242,15 @@ def _checked(meta_gradient: MetaGradient) -> Callable[..., tuple[Params, InnerSt
     gradient, after, info = meta_gradient.estimate(params, inner_state, episode)
     checks.gradient_like(params, gradient)
     gradient = jax.tree.map(lambda g, phi: g.astype(_wide(phi)), gradient, params)
+    info = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), info)
     return gradient, finite_or_before(after, inner_state), info
 
   return estimate
 
 
-def _wide(params: jax.Array) -> Any:
-  """The dtype in which the gradients of tasks are added: at least float32."""
-  return jnp.promote_types(jnp.result_type(params), jnp.float32)
+def _wide(leaf: jax.Array) -> Any:
+  """The dtype in which such numbers of tasks are added: at least float32."""
+  return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def _mean(total: Params, num_tasks: int, params: Params) -> Params:

@@ -142,7 +142,8 @@ def maml(
     remat: compute each inner step again in the backward pass, which takes less memory. It is meant
       for `mixed_mode=False`; mixed mode keeps no activations that could be computed again.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
-      keeps no tape of the inner gradients, so it takes less memory and no more time. Give False,
+      keeps no tape of the inner gradients, so with more than one inner step it takes less memory,
+      and no more time. Give False,
       which differentiates through the inner gradients in reverse mode, if the `loss_fn` has a
       derivative rule for reverse mode only (`jax.custom_vjp`), which JAX refuses otherwise, or to
       differentiate with respect to anything but the parameters, or once more.

@@ -49,6 +49,7 @@ _OPTIMIZERS = (
   "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adan", "amsgrad", "lamb", "lars",
   "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "yogi",
 )  # fmt: skip
+_MAKE_MODEL = "make one, as models.from_linen(module, example_inputs)"
 Protocol = Literal["inductive", "transductive"]
 
 
@@ -158,20 +159,17 @@ def save(
   Raises:
     ValueError: if an argument has the wrong type or an unknown name, the parameters are not finite
       or do not fit the model, `frozen` names no parameter, or the file would not adapt as the
-      learner does. Nothing is written then. A warning is given if the two cannot be compared,
-      because the learner's loss takes a key or targets of another form. Several processes compare
-      their programs only, and not the results.
+      learner does, as far as the first two inner steps show. Nothing is written then. A warning is
+      given if the two cannot be compared, because the learner's loss takes a key or targets of
+      another form, or because several processes share the run and the two programs differ.
     OSError: if the file cannot be written.
   """
   path, example_inputs = Path(path).expanduser(), _arrays(example_inputs)
   check_state(state)
-  if not isinstance(model, Model):
-    raise ValueError(f"model must be a metajax.Model, not {type(model).__name__}")
+  checks.is_a(Model, "model", model, _MAKE_MODEL)
   if isinstance(frozen, str):
     raise ValueError(f"frozen must be several names, as ({frozen!r},), not one string")
-  for name, number in (("steps", steps), ("batch_size", batch_size)):
-    if not isinstance(number, int | np.integer):
-      raise ValueError(f"{name} must be a whole number, not {number!r}")
+  checks.at_least_one(steps=steps, batch_size=batch_size)
   if path.suffix != ".safetensors":
     raise ValueError(f"a learner file ends in .safetensors, and {path} does not: rename it")
   params, inner_state = _fetched(learner, state)
@@ -229,7 +227,8 @@ def save(
   except OSError as error:
     raise OSError(f"{path} cannot be written ({error.strerror})") from error
   finally:
-    beside.unlink(missing_ok=True)
+    with suppress(OSError):  # of a folder that is not there, say; the first error says more
+      beside.unlink()
 
 
 def _check_adapts_as(
@@ -274,10 +273,16 @@ def _check_adapts_as(
       stacklevel=3,
     )
     return
-  same_text = str(program) == str(jax.make_jaxpr(by_recipe)(shapes, examples, rows))
-  if same_text and not program.consts:  # whose numbers are not in the text
+  other = jax.make_jaxpr(by_recipe)(shapes, examples, rows)
+  if str(program) == str(other) and _equal(program.consts, other.consts):
     return
   if jax.process_count() > 1:
+    warnings.warn(
+      "the file could not be compared with the learner, which several processes share, and whose "
+      "program is another one: see yourself that inner_optimizer, loss and frozen are those of the "
+      "learner",
+      stacklevel=3,
+    )
     return
   largest = lambda a, b: max(
     jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y))), a, b))
@@ -295,6 +300,17 @@ def _check_adapts_as(
         "loss, frozen and model; a learner that adapts in another way than by plain inner steps "
         "cannot be saved"
       )
+
+
+def _equal(constants: list[Any], others: list[Any]) -> bool:
+  """Whether the arrays of two programs, which their texts do not show, are known to be equal."""
+  try:
+    return all(
+      one is other or np.array_equal(one, other)
+      for one, other in zip(constants, others, strict=True)
+    )
+  except (TypeError, ValueError, RuntimeError):  # keys, or arrays that other processes hold
+    return False
 
 
 def _drawn_like(leaf: np.ndarray) -> np.ndarray:
@@ -354,7 +370,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
         f"{path} was saved with a network of your own: give it, as load(path, model=model)"
       )
     model = from_spec(recipe.network)
-  checks.is_a(Model, "model", model, "make one, as models.from_linen(module, example_inputs)")
+  checks.is_a(Model, "model", model, _MAKE_MODEL)
   like = jax.eval_shape(model.init, jax.random.key(0))
   params = _filled(path, "params", like, arrays)
   like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)

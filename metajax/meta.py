@@ -57,8 +57,9 @@ def meta_learner(
   Args:
     meta_gradient: an estimator for one task, such as `reptile`, `fomaml` or `maml`.
     optimizer: any optax transformation without a line search. If it asks for more than the
-      gradient, it is given the last loss L_k (`value`). Algorithm 1's
-      phi <- phi + epsilon (phi~ - phi) is outer SGD of rate epsilon.
+      gradient, it is given the last loss L_k (`value`), averaged over the tasks that were not
+      skipped, and infinite if all were. Algorithm 1's phi <- phi + epsilon (phi~ - phi) is outer
+      SGD of rate epsilon.
     execution: `vmapped`, `serial` or `sharded`, with the number of tasks of a meta-step.
 
   Raises:
@@ -81,7 +82,7 @@ def meta_learner(
     gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
     checks.state_of("outer", jax.eval_shape(optimizer.init, state.params), state.outer)
     updates, outer = optax.with_extra_args_support(optimizer).update(
-      gradient, state.outer, state.params, value=info.losses[-1], grad=gradient, value_fn=_no_loss
+      gradient, state.outer, state.params, value=_last_loss(info), grad=gradient, value_fn=_no_loss
     )
     params = optax.apply_updates(state.params, updates)
     return MetaState(state.step + 1, params, outer, inner), info
@@ -99,6 +100,14 @@ def meta_learner(
 def check_state(state: Any) -> None:
   """Checks that a state was given, and not parameters or a record."""
   checks.is_a(MetaState, "state", state, "give learner.init(params), or record.state after train")
+
+
+def _last_loss(info: Info) -> jax.Array:
+  """L_k, averaged over the tasks that were not skipped; those that were have a loss of zero."""
+  if info.skipped is None:
+    return info.losses[-1]
+  counted = 1 - info.skipped
+  return jnp.where(counted > 0, info.losses[-1] / counted, jnp.inf)
 
 
 def _no_loss(params: Params) -> jax.Array:

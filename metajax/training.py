@@ -106,12 +106,13 @@ def train(
 ) -> Record:
   """Trains up to meta-step `num_steps`, with a progress bar.
 
-  With a folder, the state is saved before every report but the one at the start, and after Ctrl-C,
-  which ends training when the compiled call under way is done. The same call then resumes an
-  interrupted run, makes a report that was interrupted again, and ends with bit-identical
-  parameters. A warning is given if the folder was trained with another meta-step, as it is with
-  another algorithm or another rate. Data that the samplers close over becomes an argument of the
-  compiled programs.
+  With a folder, the state is saved before every report but the one at the start. Ctrl-C saves it
+  too, and ends training when the compiled call under way is done, unless the program handles
+  SIGINT itself, `train` is called in another thread than the main one, or several processes share
+  the run. The same call then resumes an interrupted run, makes a report that was interrupted again,
+  and ends with bit-identical parameters. A warning is given if a meta-step computes something else
+  than when the folder was trained, for example because the algorithm or a rate has changed. Data
+  that the samplers close over becomes an argument of the compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning is given if rounding changes its direction (a cosine below 0.9).
@@ -166,7 +167,7 @@ def train(
       extra["meta_step"] = _fingerprint(one_step, mesh, state, key)
     if found is not None:
       _check_goes_on(found, extra, num_steps, int(state.step), folder)
-      state, seconds = found.state, found.extra["seconds"]
+      state, seconds = found.state, found.extra.get("seconds", 0.0)
       sums = Sums(*found.extra.get("sums", ()))
     elif any(jnp.finfo(leaf.dtype).bits < 32 for leaf in jax.tree.leaves(state.params)):
       _warn_if_steps_are_lost(learner, one_step, mesh, state, key)
@@ -241,7 +242,11 @@ def train(
         bar.set_postfix_str("compiling")
         many_steps = _checking_parameters(run(learner, sample_task, make_episode, steps))
         with _paused(bar):
-          programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
+          try:
+            programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
+          except KeyboardInterrupt:
+            keep()
+            raise
       start = time.perf_counter()
       # Everything stays on the device, sampling included.
       with jax.transfer_guard("allow" if debugging() else "disallow"), _interrupts() as interrupts:
@@ -250,7 +255,7 @@ def train(
       infos = jax.device_get(infos)
       if not finite:
         kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
-        diverged = step + _diverging_step(infos.losses)
+        diverged = step + _diverging_step(infos)
         advice = "lower the inner or the outer rate"
         if diverged == 1 and not np.isfinite(infos.losses[0, 0]):
           advice = (
@@ -325,8 +330,9 @@ def _check_goes_on(
   before, now = found.extra.get("meta_step", extra["meta_step"]), extra["meta_step"]
   if before[0] != now[0] and before[1:] == now[1:]:
     warnings.warn(
-      f"{folder} was trained with another meta-step: the algorithm, an optimizer, the loss, a "
-      "sampler, or only how they are computed has changed. Unless you mean it, give another folder",
+      f"a meta-step computes something else than when {folder} was trained: the algorithm, an "
+      "optimizer, the loss, a sampler, or only how they are computed has changed. Unless you mean "
+      "it, give another folder",
       stacklevel=3,
     )
 
@@ -427,14 +433,19 @@ def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:
   return checked
 
 
-def _diverging_step(losses: np.ndarray) -> int:
+def _diverging_step(infos: Info) -> int:
   """Finds which of these meta-steps, counted from 1, made the parameters infinite.
 
   If L_1 of a meta-step is not finite, it started from such parameters: the one before made them.
+  With `skip_nonfinite`, all tasks are skipped from then on.
 
   Args:
-    losses: `[n, k]`.
+    infos: of n meta-steps, with leaves `[n, ...]`.
   """
+  losses = infos.losses
+  if infos.skipped is not None:
+    learned = np.flatnonzero(infos.skipped < 1)
+    return int(learned[-1]) + 1 if len(learned) else 1
   bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
   if not len(bad):
     return len(losses)

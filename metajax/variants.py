@@ -313,7 +313,8 @@ def multi_step(
 
   The meta-gradient is d/dphi of w_1 L(phi_2) + ... + w_{k-1} L(phi_k), with L the loss of the tail
   and phi_{i+1} the parameters after i inner steps. The weights [0, ..., 0, 1] are MAML. If a task
-  takes fewer steps than others (`Episode.steps`), its last parameters count for the rest.
+  takes fewer steps than others (`Episode.steps`), its last parameters count for the rest. If L
+  draws random numbers, it draws the same ones after every step.
 
   Args:
     loss_fn: as for `maml`.

@@ -121,10 +121,17 @@ def test_peers_compute_the_same_gradient():
     assert all(float(row[-2]) < 1e-3 for row in rows)
 
 
-def test_peers_refuse_what_has_no_gradient():
-  done = run("peers", "--algorithms=maml,evaluation")
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (["--algorithms=maml,evaluation"], "--algorithms=evaluation has no gradient to compare"),
+    (["--algorithms=reptile", "--execution=serial"], "--execution=serial hands Adam's state from"),
+  ],
+)
+def test_peers_refuse_what_cannot_be_compared(flags, said):
+  done = run("peers", *flags)
   assert done.returncode == 1
-  assert done.stderr.startswith("peers: --algorithms=evaluation has no gradient to compare")
+  assert done.stderr.startswith(f"peers: {said}")
 
 
 WRONG_FLAGS = """

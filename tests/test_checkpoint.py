@@ -207,6 +207,23 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
 
 
 @pytest.mark.usefixtures("failed_readings")
+def test_what_turns_out_to_be_damaged_after_a_save_is_replaced_by_the_next(tmp_path, states):
+  with checkpoints(tmp_path) as saved:
+    saved.save(states[0])
+    saved.save(states[1])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "2").exists():  # it is written meanwhile
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    for file in files_of(tmp_path / "2"):
+      file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="checkpoint 2 of .* is damaged"):
+      equal(saved.restore(START).state, states[0])
+    saved.save(states[1])
+  equal(restored(tmp_path).state, states[1])
+
+
+@pytest.mark.usefixtures("failed_readings")
 def test_if_all_are_damaged_none_is_removed(tmp_path, of_three):
   shutil.copytree(of_three, tmp_path / "run")
   for file in files_of(tmp_path / "run"):

@@ -417,6 +417,12 @@ def test_a_messy_folder(messy, tmp_path):
     assert splits.train.inputs.shape[1:] == (10, 12, 3) and splits.train.inputs.dtype == jnp.uint8
     assert sum(len(part.inputs) for part in (splits.train, splits.test)) == 21
   assert len(list(tmp_path.glob("cache/*"))) == 1
+  (messy / "c" / "gone.png").symlink_to(tmp_path / "nowhere")
+  (messy / "c" / "gone.txt").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(DataError, match=r"c/gone\.png cannot be read"):
+    metajax.data.from_folder(messy, **options)
+  with pytest.warns(UserWarning, match=r"c/gone\.png cannot be read"):
+    metajax.data.from_folder(messy, **options, unreadable="skip")
   (messy / "c" / "large.png").write_bytes(bytes(files._MAX_FILE_BYTES + 1))
   with pytest.raises(DataError, match=r"c/large\.png is over 16 MiB"):
     metajax.data.from_folder(messy, **options)
@@ -608,6 +614,8 @@ def test_cifar_lists_agree_with_the_published_ones(shared):
 
 # Hubs
 
+SMALL_GRAY = class_folders.format_of(4, "L")
+
 
 def test_from_tfds(tmp_path):
   tfds = pytest.importorskip("tensorflow_datasets")
@@ -653,14 +661,19 @@ def test_from_tfds(tmp_path):
 def test_images_of_a_hub_that_are_no_bytes_are_refused(image, pattern):
   pairs = [(image, 0), (image, 1)]
   with pytest.raises(DataError, match=pattern):
-    hub._splits(pairs, ["a", "b"], 4, "L", 1, 0, 1, 0)
+    hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+
+
+def test_a_mode_is_checked_before_a_hub_is_asked():
+  with pytest.raises(ValueError, match="mode must be 'L' or 'RGB'"):
+    metajax.data.from_tfds("no_such_data", size=4, mode="rgb")
 
 
 def test_images_of_a_hub_without_a_label_are_left_out():
   labels = (0, 1, 2, -1, None, 1)
   pairs = [(np.full((4, 4), number, np.uint8), label) for number, label in enumerate(labels)]
   with pytest.warns(UserWarning, match="2 images without a label are left out"):
-    splits = hub._splits(pairs, ["a", "b", "c"], 4, "L", 1, 0, 1, 0)
+    splits = hub._splits(pairs, ["a", "b", "c"], SMALL_GRAY, 1, 0, 1, 0)
   sizes = {
     name: int(size)
     for part in (splits.train, splits.test)
@@ -674,7 +687,7 @@ def test_images_that_a_hub_has_twice_are_there_once():
   image = lambda number: np.full((4, 4), number, np.uint8)
   pairs = [(image(number), label) for number, label in ((0, 0), (1, 0), (0, 1), (0, 0), (1, 0))]
   with pytest.warns(UserWarning, match="2 images are left out, since their class has the same"):
-    splits = hub._splits(pairs, ["a", "b"], 4, "L", 1, 0, 1, 0)
+    splits = hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
   found = {part.names[0]: np.asarray(part.inputs) for part in (splits.train, splits.test)}
   assert found["a"][:, 0, 0, 0].tolist() == [0, 1] and found["b"][:, 0, 0, 0].tolist() == [0]
 

@@ -243,8 +243,8 @@ def test_gradients_are_means_over_tasks():
 
 
 @pytest.mark.parametrize("execution", [metajax.vmapped, metajax.serial, metajax.sharded])
-def test_gradients_of_bfloat16_parameters_are_added_in_float32(execution):
-  """Float64 does the same sum; bfloat16 would lose most of what 40 small gradients add."""
+def test_gradients_and_losses_of_bfloat16_are_added_in_float32(execution):
+  """Float64 does the same sum; bfloat16 would lose most of what 40 small numbers add."""
   num_tasks = 40
   numbers = np.random.default_rng(0).normal(1.0, 0.01, num_tasks).astype(jnp.bfloat16)
   episodes = jax.tree.map(
@@ -256,15 +256,16 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32(execution):
     estimate=lambda params, state, episode: (
       jnp.full_like(params, episode.tail.inputs),
       state,
-      metajax.Info(jnp.zeros(2)),
+      metajax.Info(jnp.full(2, episode.tail.inputs)),
     ),
     adapt=lambda params, state, examples, schedule: params,
   )
   params = jnp.ones(3, jnp.bfloat16)
-  gradient, _, _ = jax.jit(execution(num_tasks).lift(own).estimate)(params, (), episodes)
+  gradient, _, info = jax.jit(execution(num_tasks).lift(own).estimate)(params, (), episodes)
   assert gradient.dtype == jnp.bfloat16
   expected = numbers.astype(np.float64).mean()
   np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=2**-8)
+  np.testing.assert_allclose(info.losses, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("execution", [metajax.vmapped, metajax.serial])

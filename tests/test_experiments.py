@@ -261,7 +261,7 @@ def test_a_chunk_bounds_the_memory_of_judging_too(splits, linear_network, monkey
 def test_the_runs_of_all_seeds_are_judged_again(tmp_path, glyphs, one_device, capsys):
   recipe = tiny(curve_splits=("test",), meta_steps=2, seed=3)
   few_shots(recipe, out=str(tmp_path), seeds=2)
-  with pytest.raises(ValueError, match="has no best checkpoint yet"):  # nothing to choose it by
+  with pytest.raises(ValueError, match="has no best checkpoint, which is never chosen on test"):
     few_shots(recipe, judge="best", out=str(tmp_path))
   few_shots(replace(recipe, eval_tasks=9), judge="newest", out=str(tmp_path))
   printed = capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_the_best_is_chosen_on_validation_or_training_tasks_never_on_test():
 
 def test_flags_decide_whether_a_run_is_the_same(tmp_path, monkeypatch):
   """They may change how it is computed, of which `metajax.train` warns."""
-  warn = lambda: warnings.warn("FOLDER was trained with another meta-step: ...", stacklevel=1)
+  warn = lambda: warnings.warn("a meta-step computes something else than ...", stacklevel=1)
   monkeypatch.setattr("sys.argv", ["program.py", f"--out={tmp_path / 'run'}"])
   monkeypatch.setattr(metajax, "cores_as_devices", lambda: None)  # the tests' backend is there
   before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -586,7 +586,7 @@ def test_the_learner_file_adapts_as_the_run_is_judged(variant, splits, tmp_path)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_seeds_are_runs_of_their_own(tmp_path, glyphs, capsys):
+def test_seeds_are_runs_of_their_own(tmp_path, glyphs, splits, capsys, monkeypatch):
   """Side by side on devices of their own, each as if it were alone; drawn again from the logs."""
   out = tmp_path / "both"
   short = {"execution": "vmap", "curve_splits": ("test",), "meta_steps": 2}
@@ -603,6 +603,14 @@ def test_seeds_are_runs_of_their_own(tmp_path, glyphs, capsys):
   assert cell["seeds"] == 2
   with pytest.raises(ValueError, match="holds a result of 2 seeds, which one of 1 would replace"):
     few_shots(tiny(seed=3, **short), out=str(out), seeds=1)
+
+  flags = (out / "flags.txt").read_text()
+  with pytest.raises(ValueError, match=r"seed3 is complete, judged on \d+ tasks"):
+    few_shots(tiny(seed=3, **short | {"eval_tasks": 99}), out=str(out), seeds=3)
+  assert (out / "flags.txt").read_text() == flags  # what was refused changes nothing
+  monkeypatch.setattr(build, "load", lambda recipe: splits._replace(test=splits.train))
+  with pytest.raises(ValueError, match=r"seed3 holds another run \(then # train.*; now # train"):
+    few_shots(tiny(seed=3, **short), out=str(out), seeds=3)  # one more, with other data
 
   picture = out / "learning_curve.png"
   picture.unlink()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import metajax
@@ -68,14 +69,16 @@ def test_the_family_is_compared(tmp_path, glyphs, one_device, monkeypatch):
   tiny = {**TINY, "train_shots": 3, "tail_shots": 1}
   for name, recipe in FAMILY.items():
     monkeypatch.setitem(FAMILY, name, replace(recipe, **{**tiny, "meta_steps": 1}))
-  monkeypatch.setattr(family, "paces", lambda name, recipe: {"omniglot": 2.0, "waves": 0.5})
+  monkeypatch.setattr(family, "_TIMED", 1)
+  monkeypatch.setattr(family, "_CALLS", 1)
   methods = ("meta_sgd", "prototypical")
   chosen = family.Family(methods=methods, meta_steps=2, wave_steps=2, eval_tasks=4, seed=3)
   result = execute(family, chosen, out=str(tmp_path))
   assert tuple(result["methods"]) == methods
   for name, row in result["methods"].items():
     assert set(row["cells"]) == {"1-shot transductive", "1-shot inductive"}
-    assert ("waves" in row) == (name != "prototypical")
+    assert ("waves" in row) == ("waves" in row["step_ms"]) == (name != "prototypical")
+    assert all(pace > 0 for pace in row["step_ms"].values())
     assert f"--algorithm={name}" in (tmp_path / name / "seed3" / "flags.txt").read_text()
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed*/result.json")}
   again = execute(family, replace(chosen, methods=("meta_sgd",)), out=str(tmp_path))
@@ -121,6 +124,16 @@ def test_every_method_composes_on_waves(name):
   assert tasks_and_losses == 24
 
 
+def check_plain_sgd(recipe):
+  """The settings that Figures 3 and 4 share, by hand: plain SGD on sums, a task in each step."""
+  assert (recipe.dataset, recipe.ways, recipe.meta_batch) == ("omniglot", 5, 1)
+  assert (recipe.algorithm, recipe.network, recipe.adapt_norm) == ("combine", "paper", True)
+  assert (recipe.inner_optimizer, recipe.inner_rate, recipe.loss_reduction) == ("sgd", 0.003, "sum")
+  assert (recipe.outer_optimizer, recipe.outer_schedule) == ("sgd", "linear")
+  assert (recipe.outer_rate_final, recipe.outer_clip, recipe.meta_steps) == (0.0, None, 40_000)
+  assert (recipe.eval_shots, recipe.eval_batch, recipe.eval_steps) == ((5,), (25,), 5)
+
+
 def test_the_ten_curves_of_figure_3():
   recipes = combinations.recipes(combinations.FIGURE, Curves())
   assert {name: recipe.weights for name, recipe in recipes.items()} == {
@@ -131,7 +144,8 @@ def test_the_ten_curves_of_figure_3():
   }  # fmt: skip
   for one in recipes.values():
     assert one.train_shots * one.ways == one.inner_steps * one.inner_batch  # no overlap
-    assert (one.inner_rate, one.outer_rate, one.meta_steps) == (0.003, 0.25, 40_000)
+    check_plain_sgd(one)
+    assert (one.inner_batch, one.outer_rate, one.minibatches) == (25, 0.25, "cycling")
 
 
 def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
@@ -180,7 +194,8 @@ def test_the_points_of_figure_4():
     last = (0,) * (one.inner_steps - 1) + (1,)
     assert one.weights == ((1,) * one.inner_steps if curve.startswith("Reptile") else last)
     assert (one.tail, one.minibatches) == FIGURE_4[curve]
-    assert one.ways * one.train_shots == 100 and one.inner_rate == 0.003
+    check_plain_sgd(one)
+    assert one.ways * one.train_shots == 100
     assert one.ways * one.held_back == (25 if one.tail == "separate" else 0)
     varied = {"a": (x, 25, 0.25), "b": (4, x, 0.25), "c": (4, 100, x)}[panel]
     assert (one.inner_steps, one.inner_batch, one.outer_rate) == varied
@@ -233,6 +248,18 @@ def test_sine_leaves_its_table_and_figure(tmp_path, one_device, monkeypatch):
   (tmp_path / "figure1.svg").unlink()
   execute(sine, few, out=str(tmp_path), plot_only=True)
   assert (tmp_path / "figure1.svg").exists()
+
+
+def test_sine_has_the_settings_of_the_authors_script():
+  """One pass over the 50 points in minibatches of 10, and an outer rate that begins at 0.1."""
+  reptile = sine.methods()["reptile"]
+  assert (reptile.outer_rate, reptile.outer, sine.Waves().eval_tasks) == (0.1, optax.sgd, 1_000)
+  task = reptile.sample_task(jax.random.key(0))
+  episode = reptile.make_episode(jax.random.key(1), task)
+  assert episode.schedule.shape == (4, 10) and episode.tail.inputs.shape == (10, 1)
+  earlier = task.train.inputs[episode.schedule].reshape(-1)
+  seen = np.sort(np.append(earlier, episode.tail.inputs))
+  np.testing.assert_allclose(seen, np.linspace(-5, 5, 50), atol=1e-5)
 
 
 def test_sine_adapts_by_gradient_steps_on_the_samples():

@@ -294,7 +294,7 @@ REFUSALS = [
     lambda: ({}, {"loss": {"name": "hinge"}}),
     "loss must be one of cross_entropy, squared_error with",
   ),
-  (lambda: ({}, {"steps": 0}), "num_steps must be at least 1"),
+  (lambda: ({}, {"steps": 0}), "steps must be at least 1"),
   (lambda: ({}, {"steps": 5.0}), "steps must be a whole number, not 5.0"),
   (lambda: ({}, {"frozen": "Dense_0"}), r"frozen must be several names, as \('Dense_0',\)"),
   (lambda: ({}, {"frozen": ("Dens_0",)}), "frozen names 'Dens_0', which is in the name of no"),
@@ -458,6 +458,16 @@ def test_a_learner_that_cannot_be_compared_is_written_with_a_warning(tmp_path):
   assert path.exists()
 
 
+def test_several_processes_compare_programs_and_say_so(tmp_path, monkeypatch):
+  """One process stands for two: a program of other numbers has another text."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  same = {"example_inputs": np.ones((1, 4), np.float32), "inner_optimizer": SGD}
+  saved(tmp_path / "x.safetensors", DENSE, optax.sgd(0.3), **same)
+  saved(tmp_path / "x.safetensors")  # whose network holds arrays
+  with pytest.warns(UserWarning, match="could not be compared with the learner, which several"):
+    saved(tmp_path / "x.safetensors", DENSE, optax.sgd(3.0), **same)
+
+
 def test_a_learner_that_also_learns_rates_is_not_written(tmp_path):
   gradient = metajax.variants.meta_sgd(loss_of(DENSE))
   learner = metajax.meta_learner(gradient, optax.sgd(0.1), metajax.serial(2))
@@ -525,6 +535,9 @@ def test_names_and_folders_of_files(trained, tmp_path):
     saved(tmp_path / "learner.bin")
   with pytest.raises(OSError, match="cannot be written"):
     saved(tmp_path / "nowhere" / "x.safetensors")
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match=r"file/x\.safetensors cannot be written \(Not a directory\)"):
+    saved(tmp_path / "file" / "x.safetensors")
   nan = trained[2]._replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, trained[2].params))
   with pytest.raises(ValueError, match="not all finite, so there is nothing to ship"):
     saved(tmp_path / "x.safetensors", state=nan)

@@ -1,5 +1,6 @@
 """What the README and the pages of the documentation show runs, and their tables are right."""
 
+import json
 import re
 from importlib import metadata
 from pathlib import Path
@@ -130,6 +131,26 @@ def test_the_tables_of_results_are_those_of_their_files():
     assert tables.filled(text) == text, "python -m experiments.tables makes them anew"
     empty = re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL)
     assert len(empty) < len(text) and tables.filled(empty) == text
+
+
+def test_a_difference_is_between_runs_of_the_same_seed(tmp_path):
+  accuracies = {"one/seed0": 0.5, "one/seed2": 0.75, "two/seed1": 0.1, "two/seed2": 0.7}
+  for name, accuracy in accuracies.items():
+    (tmp_path / name).mkdir(parents=True)
+    content = {"cells": {"5-shot": {"accuracy": accuracy}}}
+    (tmp_path / name / "result.json").write_text(json.dumps(content))
+  assert tables._difference(tmp_path, "one", "two", "5-shot") == "+5.00 (+5.00)"
+  assert tables._over_seeds(tmp_path / "one", "5-shot") == "62.50 (17.68)"
+
+
+def test_the_work_of_a_full_length():
+  """5.3156 MFLOP forward an image of Omniglot; a gradient is three forward passes."""
+  rows = [row.split(" | ") for row in tables.lengths()]
+  work = {row[0].removeprefix("| "): float(row[2]) for row in rows[2:]}
+  reptile = 100_000 * 5 * 5 * 10 * 3  # tasks of five minibatches of ten
+  maml = 60_000 * 16 * (5 * 20 * 3 * 3 + 20 * 3)  # five steps on twenty, differentiated through
+  assert work["omniglot_5way_reptile"] == pytest.approx(reptile * 5.3156e6 / 1e15, abs=0.005)
+  assert work["omniglot_1shot_20way_maml"] == pytest.approx(maml * 5.3156e6 / 1e15, abs=0.005)
 
 
 def test_all_rows_of_a_table_have_as_many_cells():

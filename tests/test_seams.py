@@ -128,6 +128,22 @@ def test_skipped_tasks_count_as_zero_and_are_counted():
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), half.inner, state.inner)
 
 
+def test_skipped_tasks_do_not_count_in_the_loss_of_the_outer_optimizer():
+  """One that cuts its rate where the loss has stopped to fall keeps the least loss, here of L_k."""
+  plateau = optax.contrib.reduce_on_plateau()
+  gradient = metajax.skip_nonfinite(metajax.reptile(LOSS, SGD))
+  learner = metajax.meta_learner(gradient, optax.chain(SGD, plateau), metajax.vmapped(2))
+  same = jax.tree.map(lambda leaf: leaf[:1].repeat(2, 0), problems.episodes((0, 1), k=3))
+  step, start = jax.jit(learner.step), learner.init(PHI)
+  least = lambda state: float(optax.tree.get(state.outer, "best_value"))
+  both, info = step(start, same)
+  assert least(both) == pytest.approx(float(info.losses[-1]))
+  assert least(step(start, poisoned(same))[0]) == pytest.approx(float(info.losses[-1]))
+  none = jax.tree.map(lambda leaf: leaf[:1].repeat(2, 0), poisoned(same))
+  after, info = step(both, none)
+  assert float(info.skipped) == 1 and least(after) == least(both)
+
+
 def test_skipped_tasks_do_not_count_in_the_losses_that_are_reported():
   """All good tasks have the same losses, so their mean does not depend on how many are skipped."""
   gradient = metajax.skip_nonfinite(metajax.reptile(LOSS, SGD))

@@ -108,6 +108,22 @@ def test_what_was_interrupted_anywhere_ends_with_the_same_bits(tmp_path):
   equal(again.state, whole.state)
 
 
+def test_what_is_interrupted_in_compiling_is_saved(tmp_path, monkeypatch):
+  """After three calls of two meta-steps, the last one needs another program, of one."""
+  compiled, calls = training.compiled, []
+
+  def interrupted(*arguments, **options):
+    calls.append(arguments)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return compiled(*arguments, **options)
+
+  monkeypatch.setattr(training, "compiled", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder=tmp_path, report_every=7, steps_per_call=2)
+  assert checkpoints(tmp_path).restore(START).state.step == 6
+
+
 @pytest.mark.parametrize("step", [3, 7])
 def test_what_is_interrupted_in_a_report_was_saved_before(step, tmp_path):
   reports, interrupted = [], []
@@ -245,7 +261,7 @@ def test_another_algorithm_or_rate_in_a_folder_is_warned_of(tmp_path):
   train(folder=tmp_path, num_steps=2)
   train(folder=tmp_path, num_steps=2, report_every=2, steps_per_call=2)  # without a warning
   for learner in (another, faster):
-    with pytest.warns(UserWarning, match=f"{tmp_path} was trained with another meta-step"):
+    with pytest.warns(UserWarning, match=f"computes something else than when {tmp_path} was"):
       train(learner, folder=tmp_path, num_steps=2)
 
 
@@ -264,16 +280,25 @@ def test_jax_can_debug_what_is_compiled():
     train(start=infinite)
 
 
-def test_parameters_may_be_python_numbers():
+def test_a_folder_of_a_loop_of_the_user_s_own_is_gone_on_with(tmp_path, expected):
+  with checkpoints(tmp_path) as saved:
+    saved.save(expected[0][2])
+  assert train(folder=tmp_path, num_steps=3).step == 3
+
+
+@pytest.mark.parametrize("execution", [metajax.vmapped(2), metajax.serial(2), metajax.sharded(2)])
+def test_parameters_may_be_python_numbers(execution):
   loss = lambda params, batch: jnp.mean((batch.inputs @ params["w"] + params["b"]) ** 2)
   gradient = metajax.reptile(loss, optax.sgd(0.1))
-  learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5), execution)
   weights = jnp.ones(POOL.inputs.shape[1])
   found, expected = (
     train(learner, learner.init({"w": weights, "b": b}), num_steps=2).state.params
     for b in (0.5, jnp.asarray(0.5))
   )
   equal(found, expected)
+  episodes = learner.execution.sample(sample_task, MAKE_EPISODE)(KEY)
+  learner.step(learner.init({"w": weights, "b": 0.5}), episodes)  # outside of jit
 
 
 def test_the_state_with_the_highest_score_is_kept(tmp_path):
@@ -330,7 +355,15 @@ def test_the_meta_step_that_diverged_is_the_one_before_a_bad_start(bad, step):
   for where, value in bad.items():
     losses[where[0], where[1] :] = value
     losses[where[0] + 1 :] = np.nan
-  assert training._diverging_step(losses) == step
+  assert training._diverging_step(metajax.Info(losses)) == step
+
+
+@pytest.mark.parametrize(
+  ("skipped", "step"), [([0, 1, 0.5, 0], 4), ([0, 1, 0.5, 1], 3), ([1, 1, 1, 1], 1)]
+)
+def test_the_meta_step_that_diverged_is_the_last_one_that_did_not_skip_all(skipped, step):
+  infos = metajax.Info(np.zeros((4, 2)), skipped=np.array(skipped))
+  assert training._diverging_step(infos) == step
 
 
 @pytest.mark.parametrize("name", ["num_steps", "report_every", "steps_per_call"])

@@ -83,7 +83,7 @@ def from_folder(
     min_examples: classes with fewer images are left out, with a warning that names them.
     unreadable: whether files that are no readable image are an error, which lists the first ten, or
       are skipped with a warning.
-    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+    cache_dir: where prepared data is kept; by default as `cache_directory` says.
 
   Returns:
     Splits with inputs uint8 `[m, height, width, channels]`; class names are those of the folders.

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -70,16 +71,16 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
   """A hash of where a folder is and of its files' names, sizes and modification times.
 
-  It has 16 hexadecimal digits, and changes when a file is replaced or moved.
+  It has 16 hexadecimal digits, and changes when a file is replaced or moved. Of what cannot be
+  read, as a link to nowhere, only the name counts.
   """
   digest = hashlib.sha256(f"{folder.resolve().as_posix()}\0".encode())
   for path in sorted(paths):
-    try:
+    about = ""
+    with suppress(OSError):
       status = path.stat()
-    except OSError as error:  # for example, a broken link
-      raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
-    name = path.relative_to(folder).as_posix()
-    digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+      about = f"{status.st_size}\0{status.st_mtime_ns}"
+    digest.update(f"{path.relative_to(folder).as_posix()}\0{about}\0".encode())
   return digest.hexdigest()[:16]
 
 

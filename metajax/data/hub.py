@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from metajax.data.class_folders import Mode, format_of
+from metajax.data.class_folders import Format, Mode, format_of
 from metajax.data.few_shot import Splits, from_arrays, split
 from metajax.data.files import DataError, fit_image
 
@@ -49,6 +49,7 @@ def from_tfds(
   """
   import tensorflow_datasets as tfds
 
+  form = format_of(size, mode)
   builder = name
   if isinstance(name, str):
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -59,7 +60,7 @@ def from_tfds(
   records = (record for part in builder.as_data_source().values() for record in part)
   pairs = ((record["image"], int(record["label"])) for record in records)
   names = getattr(features["label"], "names", None)
-  return _splits(pairs, names, size, mode, min_examples, validation, test, seed)
+  return _splits(pairs, names, form, min_examples, validation, test, seed)
 
 
 def from_huggingface(
@@ -98,6 +99,7 @@ def from_huggingface(
     DataError: if there are no such columns.
     ImportError: if the library is not installed.
   """
+  form = format_of(size, mode)
   try:
     import datasets
   except ImportError as error:
@@ -111,21 +113,19 @@ def from_huggingface(
       raise DataError(f"the data set has columns {columns}, not {image} and {label}: name yours")
   pairs = ((record[image], record[label]) for part in parts for record in part)
   names = getattr(parts[0].features[label], "names", None)
-  return _splits(pairs, names, size, mode, min_examples, validation, test, seed)
+  return _splits(pairs, names, form, min_examples, validation, test, seed)
 
 
 def _splits(
   pairs: Iterable[tuple[Any, Any]],
   names: list[str] | None,
-  size: int | tuple[int, int],
-  mode: Mode,
+  form: Format,
   min_examples: int,
   validation: int | float,
   test: int | float,
   seed: int,
 ) -> Splits:
   """Splits of images, arrays or Pillow's, and labels, which are numbers of names or themselves."""
-  form = format_of(size, mode)
   labels: list[Any] = []
   seen: set[tuple[Any, bytes]] = set()
   unlabelled = repeated = 0
@@ -137,7 +137,7 @@ def _splits(
         unlabelled += 1
         continue
       image = _as_image(image, f"image {number}")
-      found = np.asarray(fit_image(image, f"image {number}", (form.width, form.height), mode))
+      found = np.asarray(fit_image(image, f"image {number}", (form.width, form.height), form.mode))
       content = label, hashlib.blake2b(found.tobytes(), digest_size=16).digest()
       if content in seen:  # its splits may overlap, and a task must not be tested by what it learns
         repeated += 1

@@ -25,7 +25,7 @@ def load(
   Args:
     data_dir: a folder with archives (`train*.tar.gz`, `val*.tar.gz`, `test*.tar.gz`; all
       that match are read) or with class folders (`train/CLASS/IMAGE.jpg`, ...).
-    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+    cache_dir: where prepared data is kept; by default as `cache_directory` says.
 
   Returns:
     Splits with inputs uint8 `[m, 84, 84, 3]`.

@@ -48,7 +48,7 @@ def load(
       alphabets are for training (3,856 classes with rotations), and the 659 of the evaluation
       alphabets for testing.
     seed: determines the 1,200 characters.
-    cache_dir: by default `$METAJAX_CACHE` or `~/.cache/metajax`.
+    cache_dir: where prepared data is kept; by default as `cache_directory` says.
 
   Returns:
     Splits without validation classes; inputs are uint8 `[m, 28, 28, 1]`, paper 255, ink 0.

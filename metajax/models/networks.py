@@ -250,7 +250,7 @@ def conv4(
     method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
-    A model of images `[n, height, width, channels]`, float or uint8 in 0..255.
+    A model of images `[n, height, width, channels]`, floats from 0 to 1, or uint8.
   """
   return _images(
     _image(size, channels), ways, filters, downsample=downsample, head=head, method=method
@@ -274,7 +274,7 @@ def omniglot(
     method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
-    A model of images `[n, 28, 28, 1]`, float or uint8 in 0..255.
+    A model of images `[n, 28, 28, 1]`, floats from 0 to 1, or uint8.
   """
   return _images((28, 28, 1), ways, filters, downsample=downsample, method=method)
 
@@ -289,7 +289,7 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
     method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
-    A model of images `[n, 84, 84, 3]`, float or uint8 in 0..255.
+    A model of images `[n, 84, 84, 3]`, floats from 0 to 1, or uint8.
   """
   return _images((84, 84, 3), ways, filters, downsample="pool", method=method)
 
@@ -353,7 +353,7 @@ def resnet12(
     method: the implementation of convolution; see `metajax.models.fast`.
 
   Returns:
-    A model of images `[n, height, width, channels]`, float or uint8 in 0..255.
+    A model of images `[n, height, width, channels]`, floats from 0 to 1, or uint8.
   """
   checks.at_least_one(ways=ways, **{f"filters {i}": width for i, width in enumerate(filters)})
   network = ResNet(ways, tuple(filters), method)
