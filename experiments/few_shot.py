@@ -35,8 +35,8 @@ class Choice(Settings):
   judge: Literal["newest", "best"] | None = option(
     None,
     "Trains nothing: judges a checkpoint of --out, which need not be complete, by the given "
-    "--eval flags. What is found is written to OUT/judged, or for several seeds to the folder "
-    "judged of each.",
+    "--eval flags. The results are written to OUT/judged or, with several seeds, to the folder "
+    "judged in the folder of each seed.",
   )
 
 

@@ -1,4 +1,4 @@
-"""The settings of a few-shot run, and the paper's Tables 1 and 2 as presets, a recipe a row."""
+"""The settings of a few-shot run, and recipes for all cells of the paper's Tables 1 and 2."""
 
 import math
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Training(Settings):
   min_examples: int | None = option(None,
     "Classes of --dataset=folder with fewer images are left out.", at_least=1)
   unreadable: Literal["refuse", "skip"] | None = option(None,
-    "Whether files of --dataset=folder that are no readable image are, by default, an error, or "
-    "are skipped.")
+    "What happens if a file of --dataset=folder cannot be read as an image: it is an error "
+    "(refuse, the default), or it is skipped (skip).")
   omniglot_protocol: Literal["pooled", "alphabets"] = option("pooled",
     "The paper's random 1200 and 423 characters, or the background and evaluation alphabets.")
   algorithm: Literal["reptile", "fomaml", "maml", "combine", "joint", "scratch", "anil", "boil",
@@ -49,11 +49,13 @@ class Training(Settings):
   train_shots: int = option(10,
     "Examples of each class in a training task, those of the tail included.", at_least=1)
   tail: Literal["shared", "separate"] = option("shared",
-    "Whether the last minibatch is drawn like the others, or is --tail_shots held back.")
+    "Whether the last minibatch is drawn like the others (shared), or consists of --tail_shots "
+    "examples of each class that are held back (separate).")
   tail_shots: int = option(1,
     "Examples of each class that are held back for a separate tail.", at_least=1)
   minibatches: Literal["cycling", "replacement"] = option("cycling",
-    "How training minibatches are drawn.")
+    "How training minibatches are drawn: cycling uses every example once before any is used again, "
+    "and replacement draws each minibatch independently.")
   inner_optimizer: Literal["adam", "sgd"] = option("adam", "Adam has beta1 = 0, beta2 = 0.999.")
   inner_rate: float = option(1e-3, "The inner learning rate alpha.", above=0)
   inner_eps_root: float = option(0.0,
@@ -71,7 +73,8 @@ class Training(Settings):
   least_shots: int | None = option(None,
     "If it is given, training tasks adapt to different numbers of examples of each class, from "
     "this one up to all that are not in a separate tail.", at_least=1)
-  loss_reduction: Literal["sum", "mean"] = option("sum", "Over the examples of a minibatch.")
+  loss_reduction: Literal["sum", "mean"] = option("sum",
+    "Whether the loss is the sum or the mean over the examples of a minibatch.")
   outer_optimizer: Literal["sgd", "adam"] = option("sgd",
     "Its gradient is, for reptile and joint, the parameters before the inner steps minus those "
     "after them; for fomaml and maml that of the last loss, and for combine the weighted sum.")
@@ -118,7 +121,8 @@ class Judging(Settings):
     "Examples of each class to adapt on. Several numbers are judged one by one.", at_least=1)
   eval_batch: tuple[int, ...] = option((5,),
     "Examples in a minibatch: one number, or one for each of --eval_shots.", at_least=1)
-  eval_steps: int = option(50, "Inner steps.", at_least=1)
+  eval_steps: int = option(50,
+    "The inner steps by which a learner adapts when it is judged.", at_least=1)
   eval_queries: int = option(1, "Test examples of each class.", at_least=1)
   eval_tasks: int = option(300, "Test tasks of the final result.", at_least=2)
 

@@ -143,10 +143,10 @@ def maml(
       for `mixed_mode=False`; mixed mode keeps no activations that could be computed again.
     mixed_mode: compute the Hessian-vector product of each inner step forward over reverse. This
       keeps no tape of the inner gradients, so with more than one inner step it takes less memory,
-      and no more time. Give False,
-      which differentiates through the inner gradients in reverse mode, if the `loss_fn` has a
-      derivative rule for reverse mode only (`jax.custom_vjp`), which JAX refuses otherwise, or to
-      differentiate with respect to anything but the parameters, or once more.
+      and no more time. False differentiates through the inner gradients in reverse mode. It is
+      needed if `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), which JAX
+      refuses otherwise, or to differentiate the meta-gradient once more, or a meta-step with
+      respect to anything but the parameters.
 
   Raises:
     ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,

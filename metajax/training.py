@@ -109,8 +109,8 @@ def train(
   With a folder, the state is saved before every report but the one at the start. Ctrl-C saves it
   too, and ends training when the compiled call under way is done, unless the program handles
   SIGINT itself, `train` is called in another thread than the main one, or several processes share
-  the run. The same call then resumes an interrupted run, makes a report that was interrupted again,
-  and ends with bit-identical parameters. A warning is given if a meta-step computes something else
+  the run. The same call then resumes an interrupted run, repeats a report that was interrupted, and
+  ends with bit-identical parameters. A warning is given if a meta-step computes something else
   than when the folder was trained, for example because the algorithm or a rate has changed. Data
   that the samplers close over becomes an argument of the compiled programs.
 
@@ -126,7 +126,7 @@ def train(
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
       It may return a score: the state with the highest score is kept, besides the newest ones.
-      It may raise `StoppedError` to end the run, and is given the record again when that goes on.
+      It may raise `StoppedError` to end the run, and is given the record again on resuming.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.

@@ -234,7 +234,7 @@ def imaml(
   The inner steps minimize L(psi) + lambda / 2 ||psi - phi||^2, with L the mean of the losses of the
   minibatches. At the minimum psi, the meta-gradient is (I + L''(psi) / lambda)^-1 L_k'(psi), which
   conjugate gradients solve for. It is exact in the limit of many inner steps on the whole pool. If
-  a minibatch is as large as the pool, L'' is computed of the first one only.
+  a minibatch is as large as the pool, L'' is computed from the first one only.
 
   Args:
     loss_fn: as for `maml`; with a key, L'' has the key of L_k.
