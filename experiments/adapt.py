@@ -103,7 +103,7 @@ def _images(
 def write_table(path: Path, names: list[str], found: metajax.Predictions) -> None:
   """Writes a row for each image: its file, the most probable class, and all probabilities."""
   header = ["file", "prediction", *map(str, found.classes)]
-  with path.open("w", newline="") as file:
+  with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
     writer = csv.writer(file)
     writer.writerow(header)
     for name, label, row in zip(names, found.labels, found.probabilities, strict=True):

@@ -1,5 +1,6 @@
 """From a few-shot recipe to the functions that run it."""
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiments.recipes import Recipe
 from metajax.types import MakeEpisode, SampleTask
 
 SPREAD = "sharded"  # the execution that uses all devices
+_LOADING = threading.Lock()  # of runs side by side, one reads the data, and the others share it
 
 
 class Evaluation(NamedTuple):
@@ -44,16 +46,20 @@ class Experiment(NamedTuple):
 def load(recipe: Recipe) -> metajax.data.Splits:
   """Reads the data set."""
   seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
-  if recipe.dataset == "folder":
-    return _load_folder(
-      recipe.data_dir,
-      recipe.cache_dir,
-      recipe.image_shape,
-      recipe.min_examples or 1,
-      recipe.unreadable or "refuse",
-      seed,
-    )
-  return _load(recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, seed)
+  with _LOADING:
+    if recipe.dataset == "folder":
+      return _load_folder(
+        recipe.data_dir,
+        recipe.cache_dir,
+        recipe.image_shape,
+        recipe.min_examples or 1,
+        recipe.unreadable or "refuse",
+        seed,
+      )
+    pooled = recipe.dataset == "omniglot" and recipe.omniglot_protocol == "pooled"
+    if recipe.dataset != "glyphs" and not pooled:
+      seed = 0  # it determines nothing here, so that all seeds share what is read
+    return _load(recipe.dataset, recipe.data_dir, recipe.cache_dir, recipe.omniglot_protocol, seed)
 
 
 @lru_cache(maxsize=2)  # for many runs in one process

@@ -47,6 +47,8 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
   if choice.judge is not None:
     if run_options.fresh or run_options.plot_only:
       raise ValueError("--judge judges a run that is there: leave out --fresh and --plot_only")
+    if recipe.track:
+      raise ValueError("--track sends what is trained, and --judge trains nothing: leave out one")
     return partial(_judge_all, recipe, choice.judge, out)
   if run_options.plot_only:
     logs = folders.logs_of_seeds(out) or [folders.logged(out)]

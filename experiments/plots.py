@@ -184,10 +184,11 @@ def draw_predictions(
       image = images[row]
       axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
       probability = found.probabilities[row].max()
-      title = f"{found.labels[row]} {100 * probability:.0f} %"
+      title = f"{found.labels[row]} {100 * probability:.0f} %".encode(errors="replace").decode()
       axes.set_title(title, fontsize=8, parse_math=False)
       place = {"ha": "center", "va": "top", "transform": axes.transAxes}
-      axes.text(0.5, -0.04, names[row][-18:], fontsize=5, parse_math=False, **place)
+      shown_name = names[row][-18:].encode(errors="replace").decode()  # it may be no Unicode
+      axes.text(0.5, -0.04, shown_name, fontsize=5, parse_math=False, **place)
     part = f"{len(shown)} of {len(images)} images" if every > 1 else f"{len(images)} images"
     figure.suptitle(f"most probable class and its probability, {part}", fontsize=9)
 

@@ -261,6 +261,8 @@ class Recipe(Training, Judging, Cost):
       raise ValueError(f"{given} begins each task with a new state: use --inner_state=fresh")
     if self.algorithm == "imaml" and not self.adapt_norm:
       raise ValueError(f"{given} adapts all parameters: use --adapt_norm")
+    if self.algorithm in ("cavia", "prototypical") and not self.adapt_norm:
+      raise ValueError(f"{given} adapts no parameters: leave out --noadapt_norm")
     if self.algorithm == "cavia" and self.network in ("resnet12", "finn"):
       raise ValueError(
         f"{given} scales and shifts the third of four layers: use --network=paper or conv4"

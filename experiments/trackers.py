@@ -44,8 +44,18 @@ def check(names: Sequence[str]) -> None:
 
 
 def opened(name: str, folder: Path, settings: dict[str, Any]) -> Tracker:
-  """Opens a tracker for the run in a folder."""
-  return {"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings)
+  """Opens a tracker for the run in a folder.
+
+  Raises:
+    ValueError: if it cannot be opened, for example without a login.
+  """
+  try:
+    return {"tensorboard": _tensorboard, "wandb": _wandb}[name](folder, settings)
+  except Exception as error:  # of the tracker's own types
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"--track={name} cannot be opened ({reason}): see its own documentation, or leave it out"
+    ) from error
 
 
 def numbers_of(line: Line) -> dict[str, float]:

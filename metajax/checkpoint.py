@@ -1,5 +1,6 @@
 """Saving and restoring the state of a run. This is the only module that uses Orbax."""
 
+import errno
 import json
 import math
 import os
@@ -25,6 +26,10 @@ from metajax import checks
 from metajax.meta import MetaState
 from metajax.programs import copied
 
+# Errors in reading a file that say nothing about what is in it.
+_PASSING = (
+  errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPERM, errno.ESTALE,
+)  # fmt: skip
 # Orbax numbers the saves of a process, and reads the latest number again and again as it starts
 # one: of two that start together in two threads, one would wait for signals that never come.
 _STARTING = threading.Lock()
@@ -63,7 +68,8 @@ class Checkpoints(NamedTuple):
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
       checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
-      all are damaged or, where several processes share the run, if the newest one is.
+      all are damaged or, where several processes share the run, if the newest one is, and OSError
+      if a file cannot be read for a reason that may pass.
     best: the same for the checkpoint with the highest score, which need not be among the newest.
     close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
@@ -178,9 +184,12 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         found = load(step, like)
       except Exception as error:
         passed[step] = _first_line(error)
-        if (
-          jax.process_count() > 1
-        ):  # the others may have read it: they would go on without this one
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+          raise OSError(
+            f"checkpoint {step} of {folder} cannot be read now ({passed[step]}), and may be whole: "
+            "nothing was changed, try again"
+          ) from error
+        if jax.process_count() > 1:  # the others may have read it, and would go on without this one
           raise ValueError(
             f"process {jax.process_index()} cannot restore checkpoint {step} of {folder} "
             f"({passed[step]}): remove it, and start all processes again"

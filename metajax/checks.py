@@ -47,6 +47,18 @@ def is_optimizer(optimizer: Any) -> None:
     )
 
 
+def with_extra_args(
+  optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns the same optimizer, which may be given more than the gradient.
+
+  Of `optax.MultiSteps`, which passes such arguments on, optax's own function would drop them.
+  """
+  if isinstance(optimizer, optax.MultiSteps):
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+  return optax.with_extra_args_support(optimizer)
+
+
 def chunk_of_tasks(chunk: int | None, num_tasks: int) -> None:
   """Checks the number of tasks that run together."""
   if chunk is not None and not 1 <= chunk <= num_tasks:
@@ -113,6 +125,11 @@ def one_axis(mesh: jax.sharding.Mesh) -> None:
   is_a(jax.sharding.Mesh, "mesh", mesh, "give metajax.task_mesh(devices)")
   if len(mesh.axis_names) != 1:
     raise ValueError(f"the mesh must have one axis, not {mesh.axis_names}: use task_mesh()")
+  if mesh.axis_types != (jax.sharding.AxisType.Auto,):  # as jax.make_mesh makes it by default
+    raise ValueError(
+      f"the axis of the mesh must be of the type Auto, not {mesh.axis_types[0].name}: use "
+      "metajax.task_mesh(devices)"
+    )
 
 
 def leading_axis(what: str, tree: Any, size: int) -> None:
@@ -154,7 +171,7 @@ def _update(
 ) -> tuple[Params, Any]:
   """An update, with all that an optimizer may ask for beside the gradient."""
   one = jnp.ones(())
-  return optax.with_extra_args_support(optimizer).update(
+  return with_extra_args(optimizer).update(
     grads, state, params, grad=grads, value=one, value_fn=lambda params: one
   )
 

@@ -34,7 +34,8 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
       raise ValueError(f"minibatches cannot be drawn from {n} examples: raise the shots")
     passes = -(-num_steps * batch_size // n)
     shuffles = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(key, passes))
-    return shuffles.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
+    rows = shuffles.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
+    return rows.astype(jnp.int32)
 
   return schedule
 
@@ -63,7 +64,7 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
         f"a minibatch of {batch_size} cannot be drawn without duplicates from {n} examples: "
         "lower the batch size or raise the shots"
       )
-    draw = lambda key: jax.random.permutation(key, n)[:batch_size]
+    draw = lambda key: jax.random.permutation(key, n)[:batch_size].astype(jnp.int32)
     return jax.vmap(draw)(jax.random.split(key, num_steps))
 
   return schedule

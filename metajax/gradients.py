@@ -20,6 +20,7 @@ from metajax.inner import (
   initial_state,
   inner_step,
   inner_update,
+  scan,
   spoiled,
   turns,
 )
@@ -223,13 +224,14 @@ def combine(
       return (learner, total), Info(step.loss, step.metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    carry, info = jax.lax.scan(
+    carry, info = scan(
       lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1].rows), *turn[1][1:]),
       (begin_task(optimizer, params, inner_state), zeros),
       (
         jnp.asarray(coefficients[:-1]),
         turns(loss_fn, episode.schedule, episode.key, episode.steps),
       ),
+      k - 1,
     )
     (learner, gradient), last = advance(
       carry, jnp.asarray(coefficients[-1]), episode.tail, tail_key(episode)

@@ -1,6 +1,7 @@
 """The operator U^k: k optimizer steps on the losses of one task (Equations 1, 9 and 10)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def carried(optimizer: optax.GradientTransformation) -> Carried:
     >>> gradient = metajax.reptile(loss_fn, metajax.carried(optax.adam(1e-3, b1=0.0)))
   """
   checks.is_optimizer(optimizer)
-  return Carried(*optax.with_extra_args_support(optimizer))
+  return Carried(*checks.with_extra_args(optimizer))
 
 
 def initial_state(optimizer: optax.GradientTransformation, params: Params) -> InnerState:
@@ -183,7 +184,7 @@ def inner_step(
   checks.state_of("inner", jax.eval_shape(optimizer.init, learner.params), learner.opt_state)
   loss_fn = checks.loss(loss_fn)
   (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(learner.params, batch, key)
-  update, opt_state = optax.with_extra_args_support(optimizer).update(
+  update, opt_state = checks.with_extra_args(optimizer).update(
     grads,
     learner.opt_state,
     learner.params,
@@ -236,8 +237,14 @@ def inner_update(
     learner, step = inner_step(loss_fn, optimizer, learner, batch, turn.key, taken=turn.taken)
     return learner, Info(step.loss, step.metrics)
 
-  step, k = jax.checkpoint(body) if remat else body, num_steps(schedule)
-  return jax.lax.scan(step, learner, turns(loss_fn, schedule, key, steps), length=k)
+  step = jax.checkpoint(body) if remat else body
+  return scan(step, learner, turns(loss_fn, schedule, key, steps), num_steps(schedule))
+
+
+def scan(body: Callable[..., Any], carry: Any, xs: Any, length: int) -> Any:
+  """`jax.lax.scan`, which refuses no steps while `jax.disable_jit` is on, as with k = 1."""
+  with nullcontext() if length else jax.disable_jit(False):
+    return jax.lax.scan(body, carry, xs, length)
 
 
 def turns(

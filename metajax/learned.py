@@ -351,9 +351,10 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
       if kinds & {"F64", "I64", "U64"} and jax.dtypes.canonicalize_dtype(float) != np.float64:
         raise ValueError(f"{path} has numbers of 64 bits: set jax_enable_x64 before reading it")
       arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-  except (safetensors.SafetensorError, OSError) as error:
+  except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
     raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
-  if header.get("format") != _FORMAT:
+  known = isinstance(header, dict) and header.get("format") == _FORMAT and "crc32" in header
+  if not known or set(header.get("recipe", ())) != set(Recipe._fields):
     raise ValueError(
       f"{path} is no learner file of format {_FORMAT}: write it with metajax.save, or read it with "
       "the version of metajax that wrote it"
@@ -430,7 +431,7 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
   ) -> Callable[[Any], Any]:
     if protocol not in protocols:
       raise ValueError(f"protocol must be 'inductive' or 'transductive', not {protocol!r}")
-    inputs, labels = _fitting(recipe, inputs), np.asarray(labels)
+    inputs, given, labels = _fitting(recipe, inputs), labels, np.asarray(labels)
     if np.shape(labels)[:1] != (num_examples(inputs),):
       raise ValueError(
         f"there are {num_examples(inputs)} inputs, and labels of shape {labels.shape}: give one "
@@ -444,7 +445,7 @@ def _learned(recipe: Recipe, model: Model, params: Params, inner_state: InnerSta
       train = Examples(inputs, labels.astype(np.float32))
       adapted = adapted_to(train, seed)
       return lambda inputs: outputs(adapted, train, _fitting(recipe, inputs), protocol)
-    classes, numbers = np.unique(few_shot.class_labels(labels), return_inverse=True)
+    classes, numbers = np.unique(few_shot.class_labels(given), return_inverse=True)
     ways = jax.eval_shape(model.apply, params, inputs).shape[-1]
     if labels.ndim != 1:
       raise ValueError(f"labels must be [n], one for each input, not {labels.shape}")

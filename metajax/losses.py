@@ -93,7 +93,9 @@ def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
 
 def _are_classes(logits: jax.Array, labels: Any) -> Any:
   """Whether each label is the number of an output."""
-  return (labels >= 0) & (labels < logits.shape[-1])
+  # The largest label as one of their type: 256 would be 0 among labels of 8 bits.
+  largest = min(logits.shape[-1] - 1, jnp.iinfo(labels.dtype).max)
+  return (labels >= 0) & (labels <= largest)
 
 
 def _reduced(apply: Apply, per_example: Any, reduction: Reduction) -> LossFn:

@@ -81,7 +81,7 @@ def meta_learner(
     check_state(state)
     gradient, inner, info = lifted.estimate(state.params, state.inner, episodes)
     checks.state_of("outer", jax.eval_shape(optimizer.init, state.params), state.outer)
-    updates, outer = optax.with_extra_args_support(optimizer).update(
+    updates, outer = checks.with_extra_args(optimizer).update(
       gradient, state.outer, state.params, value=_last_loss(info), grad=gradient, value_fn=_no_loss
     )
     params = optax.apply_updates(state.params, updates)

@@ -28,10 +28,11 @@ def map_tasks(
     chunk: how many of a device's tasks run together; by default one on CPU, all elsewhere.
 
   Returns:
-    `(shared, tasks) -> outputs`; the leaves of tasks and outputs are `[n, ...]`, with any `n`.
+    `(shared, tasks) -> outputs`; the leaves of tasks and outputs are `[n, ...]`, `n >= 1`.
 
   Raises:
-    ValueError: if the chunk is below 1, or the mesh has more than one axis.
+    ValueError: if the chunk is below 1, or the mesh has more than one axis, or one that is not of
+      the type Auto.
   """
   if chunk is not None:
     checks.at_least_one(chunk=chunk)

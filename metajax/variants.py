@@ -22,6 +22,7 @@ from metajax.inner import (
   forward_over_reverse,
   inner_step,
   inner_update,
+  scan,
   turns,
 )
 from metajax.losses import cross_entropy
@@ -215,7 +216,7 @@ def towards_start(strength: float | jax.Array) -> optax.GradientTransformation:
   def update(grads: Params, start: Params, params: Params | None = None) -> tuple[Params, Params]:
     if params is None:
       raise ValueError("the update needs the parameters")
-    pulled = lambda grad, now, before: grad + strength * (now - before)
+    pulled = lambda grad, now, before: grad + (strength * (now - before)).astype(grad.dtype)
     return jax.tree.map(pulled, grads, params, start), start
 
   return optax.GradientTransformation(init, update)
@@ -234,12 +235,15 @@ def imaml(
   The inner steps minimize L(psi) + lambda / 2 ||psi - phi||^2, with L the mean of the losses of the
   minibatches. At the minimum psi, the meta-gradient is (I + L''(psi) / lambda)^-1 L_k'(psi), which
   conjugate gradients solve for. It is exact in the limit of many inner steps on the whole pool. If
-  a minibatch is as large as the pool, L'' is computed from the first one only.
+  a minibatch is as large as the pool, L'' is computed from the first one only, which must then hold
+  each example once, as it does with `cycling` and `replacement`.
 
   Args:
-    loss_fn: as for `maml`; with a key, L'' has the key of L_k.
+    loss_fn: as for `maml`, but without a derivative rule for reverse mode only (`jax.custom_vjp`);
+      with a key, L'' has the key of L_k.
     optimizer: the inner optimizer, which is given the gradient of the loss and the regularizer. It
-      must move all parameters.
+      must move all parameters, and come to rest where that gradient is zero. So it has no weight
+      decay, and does not look at the loss itself, as a line search does.
     strength: lambda, positive.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
     iterations: of conjugate gradients.
@@ -285,17 +289,19 @@ def imaml(
         weight = 1.0 if turn.taken is None else turn.taken
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), None
 
-      total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), each)
+      total, _ = scan(add, jax.tree.map(jnp.zeros_like, params), each, len(each.rows))
       number = len(each.rows) if each.taken is None else jnp.sum(each.taken)
       return jax.tree.map(lambda t: t / jnp.maximum(number, 1), total)
 
     def product(vector: Params) -> Params:
       curvature = jax.jvp(slope, (learner.params,), (vector,))[1]
-      return jax.tree.map(lambda v, c: v + c / strength, vector, curvature)
+      return jax.tree.map(lambda v, c: v + (c / strength).astype(v.dtype), vector, curvature)
 
     vector, as_params = ravel_pytree(gradient)  # cg refuses arrays whose vmapped axes differ
     times = lambda vector: ravel_pytree(product(as_params(vector)))[0]
     solution, _ = jax.scipy.sparse.linalg.cg(times, vector, maxiter=iterations)
+    # Where the gradient is not finite, cg would return the zeros that it begins with.
+    solution = jnp.where(jnp.isfinite(jnp.vdot(vector, vector)), solution, jnp.nan)
     return as_params(solution), end_task(inner, learner), appended(info, last, metrics)
 
   return plain._replace(init=init, estimate=estimate)

@@ -126,6 +126,7 @@ FEW_SHOT = [
   ("prototypes of all", {"algorithm": "prototypical"}, "tail with the other examples: use --tail="),
   ("iMAML, fixed norm", {**IMAML, "adapt_norm": False}, "adapts all parameters: use --adapt_norm"),
   ("context of others", {"algorithm": "cavia", **SGD, "network": "finn"}, "use --network=paper or"),
+  ("context, fixed norm", {"algorithm": "cavia", **SGD, "adapt_norm": False}, "leave out --noad"),
   ("strength of others", {"strength": 2.0}, "--strength applies to --algorithm=imaml only: leave"),
   ("no alphabets", {"omniglot_protocol": "alphabets"}, "applies to --dataset=omniglot only: leave"),
   ("shots of joint", {"algorithm": "joint", "least_shots": 1}, "are of no use with .*=joint"),
@@ -478,6 +479,16 @@ def negative_size(tail):
   return bytes(header) + tail[512:]
 
 
+def endless_name(tail):
+  """A member that declares a name of 2^40 bytes."""
+  header = bytearray(tail[:512])
+  header[124:136] = b"\x80" + (2**40).to_bytes(11, "big")
+  header[156:157] = tarfile.GNUTYPE_LONGNAME
+  header[148:156] = b" " * 8
+  header[148:156] = b"%06o\0 " % sum(header)
+  return bytes(header) + tail[512:]
+
+
 TARS = [
   *((f"{keep} of it", lambda c, keep=keep: c[: int(keep * len(c))]) for keep in (0.3, 0.9, 0.999)),
   ("nothing", lambda content: b""),
@@ -489,6 +500,7 @@ TARS = [
   ("cut in a header", in_gzip(lambda tail: tail[:100])),
   ("flipped in a header", in_gzip(lambda tail: bytes([tail[0] ^ 1]) + tail[1:])),
   ("a negative size", in_gzip(negative_size)),
+  ("an endless name", in_gzip(endless_name)),
   ("more behind the end", in_gzip(lambda tail: tail + b"more")),
 ]
 

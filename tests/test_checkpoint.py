@@ -1,3 +1,4 @@
+import errno
 import gc
 import re
 import shutil
@@ -204,6 +205,21 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
     else:
       assert found.state.step == 3  # a file that the numbers do not come from
   assert passed_over >= 2
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, of_three, states, monkeypatch):
+  shutil.copytree(of_three, tmp_path / "run")
+
+  def too_many(state):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+  with checkpoints(tmp_path / "run") as saved:
+    with monkeypatch.context() as patched:
+      patched.setattr(metajax.checkpoint, "_checksums", too_many)
+      with pytest.raises(OSError, match=r"checkpoint 3 of .* cannot be read now .*try again"):
+        saved.restore(START)
+    saved.save(states[3])
+  assert {"3", "4"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.usefixtures("failed_readings")

@@ -103,6 +103,13 @@ def test_trees_and_names():
     np.testing.assert_array_equal(mask, tokens > 4)
 
 
+def test_labels_of_mixed_types_are_refused():
+  """NumPy would make strings of them: NaN a class, and of 1 and "1" the same one."""
+  for labels, odd in ((["cat", float("nan"), "dog"], "nan"), ([1, "1", 2], "1")):
+    with pytest.raises(ValueError, match=f"strings, and {odd} is among strings: give each"):
+      few_shot.from_arrays(np.zeros((3, 2)), labels)
+
+
 def test_small_classes_are_left_out_by_name():
   with pytest.warns(UserWarning, match="fewer than 2 examples are left out: 'bee' has 1"):
     classes = few_shot.from_arrays(
@@ -662,6 +669,21 @@ def test_images_of_a_hub_that_are_no_bytes_are_refused(image, pattern):
   pairs = [(image, 0), (image, 1)]
   with pytest.raises(DataError, match=pattern):
     hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+
+
+def test_labels_of_a_hub_are_single():
+  pairs = [(np.zeros((4, 4), np.uint8), [0, 1])]
+  with pytest.raises(DataError, match=r"image 0 has the label \[0, 1\]: give one"):
+    hub._splits(pairs, None, SMALL_GRAY, 1, 0, 1, 0)
+
+
+@pytest.mark.parametrize("size", [28.5, None, (28, 28, 3)])
+def test_a_size_is_one_number_or_two(size):
+  with pytest.raises(ValueError, match="size must be one whole number or two, not"):
+    class_folders.format_of(size, "L")
+  with pytest.raises(ValueError, match="height must be a whole number"):
+    metajax.models.conv4(size, ways=5)
+  assert metajax.models.conv4(np.int64(28), ways=5).spec == metajax.models.conv4(28, ways=5).spec
 
 
 def test_a_mode_is_checked_before_a_hub_is_asked():

@@ -163,6 +163,12 @@ def test_tasks_may_be_on_the_devices_already(method):
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mesh_of_an_explicit_axis_is_refused():
+  explicit = jax.make_mesh((2,), ("tasks",), axis_types=(jax.sharding.AxisType.Explicit,))
+  with pytest.raises(ValueError, match="must be of the type Auto, not Explicit: use metajax"):
+    metajax.sharded(4, explicit)
+
+
 @pytest.mark.parametrize("lift", [metajax.sharded, metajax.map_tasks])
 def test_a_mesh_has_one_axis(lift):
   two_axes = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -373,6 +373,17 @@ def test_mixed_mode_refuses_derivatives_of_anything_but_the_parameters(x64, lift
   close(lift(jax.grad(lambda weight: last_loss(weight, False)))(1.0), slope, rtol=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", ["reptile", "fomaml", "maml", "combine"])
+def test_one_loss_without_jit(algorithm):
+  """With k = 1 no step comes before the tail, and JAX refuses such a scan without jit."""
+  loss, more = problems.softmax_loss(), ([1.0],) if algorithm == "combine" else ()
+  gradient, params = getattr(metajax, algorithm)(loss, optax.sgd(0.1), *more), problems.weights()
+  estimate = lambda: gradient.estimate(params, (), problems.episode(0, k=1))[0]
+  with jax.disable_jit():
+    found = estimate()
+  np.testing.assert_allclose(found, jax.jit(estimate)(), rtol=1e-5, atol=1e-7)
+
+
 def test_maml_through_adam_is_finite_where_a_gradient_is_zero():
   params, episode = problems.weights(), problems.episode(17, k=3)
   silent = episode._replace(

@@ -80,3 +80,16 @@ def test_the_reduction_must_be_named():
 def test_squared_error_does_not_broadcast():
   with pytest.raises(ValueError, match="must have the same shape"):
     evaluate(losses.squared_error, "sum", np.zeros((3, 1)), np.zeros(3))
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [("uint8", 256), ("uint8", 300), ("int8", 200)])
+def test_labels_of_8_bits(dtype, classes):
+  """Compared in 8 bits, 256 classes would be 0, and no label one of them."""
+  labels = jnp.array([0, 5, 127], dtype)
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, classes)), jnp.float32)
+  expected = -np.sum(jax.nn.log_softmax(logits)[np.arange(3), np.asarray(labels, int)])
+  loss = losses.cross_entropy(lambda params, inputs: inputs, reduction="sum")
+  for found in (loss, jax.jit(loss)):
+    np.testing.assert_allclose(found(None, Examples(logits, labels)), expected, rtol=1e-5)
+  for found in (losses.accuracy, jax.jit(losses.accuracy)):
+    assert found(jax.nn.one_hot(labels, classes), labels) == 1

@@ -215,6 +215,17 @@ def test_maml_differentiates_through_the_loss_that_an_optimizer_uses(x64, mixed_
   np.testing.assert_allclose(np.sum(found * direction), slope, rtol=1e-6)
 
 
+def test_multi_steps_hands_on_what_its_optimizer_asks_for():
+  """optax.MultiSteps adds up gradients, and passes the loss on to the optimizer inside."""
+  outer = optax.MultiSteps(optax.chain(SGD, optax.contrib.reduce_on_plateau()), 2)
+  learner = metajax.meta_learner(metajax.reptile(LOSS, SGD), outer, metajax.vmapped(2))
+  step, episodes = jax.jit(learner.step), problems.episodes((0, 1), k=3)
+  state, _ = step(learner.init(PHI), episodes)
+  state, info = step(state, episodes)
+  best = float(optax.tree.get(state.outer, "best_value"))
+  assert best == pytest.approx(float(info.losses[-1]))
+
+
 def test_line_searches_work_inside_and_are_refused_outside():
   full = metajax.separate_tail(metajax.cycling(4, 7))  # all examples in each minibatch but the tail
   losses = [

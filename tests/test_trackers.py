@@ -80,6 +80,15 @@ def test_a_folder_is_one_run_of_wandb_and_another_folder_is_another(tmp_path, mo
   assert all(options["reinit"] == "create_new" for options in opened)
 
 
+def test_a_tracker_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+  def refuse(folder, settings):
+    raise RuntimeError("no login\nsecond line")
+
+  monkeypatch.setattr(trackers, "_wandb", refuse)
+  with pytest.raises(ValueError, match=r"--track=wandb cannot be opened \(no login second line\)"):
+    trackers.opened("wandb", tmp_path, {})
+
+
 def test_trackers_that_are_not_here_are_refused_beforehand(tmp_path, glyphs, monkeypatch):
   with pytest.raises(ValueError, match="--track=visdom must be one or more of tensorboard, wandb"):
     runs.prepare(tiny(track=("visdom",)), tmp_path / "run")

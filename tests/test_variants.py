@@ -302,6 +302,25 @@ def temporary_bytes(gradient, k):
   )
 
 
+def test_imaml_of_steps_that_diverge_is_nan():
+  """Conjugate gradients that begin with NaN or infinity would return the zeros they start from."""
+  params, episode = problems.weights(), problems.episode(0, k=3)
+  gradient = imaml(problems.softmax_loss(), optax.sgd(1e38), 10.0)
+  found, _, _ = jax.jit(gradient.estimate)(params, gradient.init(params), episode)
+  assert np.isnan(found).all()
+  skips = metajax.skip_nonfinite(gradient)
+  _, _, info = jax.jit(skips.estimate)(params, skips.init(params), episode)
+  assert float(info.skipped) == 1
+
+
+def test_imaml_takes_a_strength_of_another_precision():
+  params = problems.weights().astype(jnp.bfloat16)
+  inner = optax.sgd(0.1, momentum=0.5)
+  gradient = imaml(problems.softmax_loss(), inner, jnp.float32(2.0))
+  found, _, _ = jax.jit(gradient.estimate)(params, gradient.init(params), problems.episode(0, k=3))
+  assert found.dtype == jnp.bfloat16 and jnp.isfinite(found).all()
+
+
 def test_imaml_needs_no_more_memory_for_more_steps():
   growth = lambda gradient: temporary_bytes(gradient, 200) - temporary_bytes(gradient, 20)
   assert growth(imaml(loss, optax.sgd(RATE), 1.0)) < 4_000  # the losses, and their schedule

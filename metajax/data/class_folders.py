@@ -171,7 +171,8 @@ def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
   Raises:
     ValueError: if the size is not positive, or the mode is not `"L"` or `"RGB"`.
   """
-  height, width = (size, size) if isinstance(size, int | np.integer | str) else size
+  sides: Any = size if np.shape(size) == (2,) else (size, size)
+  height, width = sides
   if not all(isinstance(side, int | np.integer) for side in (height, width)):
     raise ValueError(f"size must be one whole number or two, not {size!r}")
   if min(height, width) < 1:

@@ -64,14 +64,14 @@ def from_arrays(
       strings, or the inputs are not all finite numbers that fit JAX's dtypes (float32, int32).
   """
   inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
-  labels = np.asarray(labels)
+  given, labels = labels, np.asarray(labels)
   shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
   if labels.ndim != 1 or any(shape[:1] != labels.shape for shape in shapes) or not labels.size:
     raise ValueError(
       f"inputs {', '.join(map(str, shapes))} and labels {labels.shape} must be [m, ...] and [m], "
       "with m >= 1: give one label for each example"
     )
-  labels = class_labels(labels)
+  labels = class_labels(given)
   inputs = jax.tree.map(_stored, inputs)
   order = np.argsort(labels, kind="stable")
   names, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -89,12 +89,21 @@ def from_arrays(
   return jax.tree.map(jnp.asarray, classes)
 
 
-def class_labels(labels: np.ndarray) -> np.ndarray:
-  """The labels as integers or strings.
+def class_labels(given: ArrayLike | Sequence[str]) -> np.ndarray:
+  """The labels as an array of integers or of strings.
 
   Raises:
     ValueError: if they are neither.
   """
+  labels = np.asarray(given)
+  if labels.dtype.kind == "U" and not hasattr(given, "dtype"):  # NumPy makes text of what is among
+    labels = np.asarray(given, object)  # text, and NaN would be a class
+    odd = [label for label in labels.flat if not isinstance(label, str)]
+    if odd:
+      raise ValueError(
+        f"labels must be integers or strings, and {odd[0]!r:.40} is among strings: give each "
+        "example the name of its class, or leave it out"
+      )
   if labels.dtype == object and all(isinstance(label, str) for label in labels.flat):
     labels = labels.astype(str)  # as pandas keeps strings
   if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.str_)):

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,13 +75,13 @@ def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
   It has 16 hexadecimal digits, and changes when a file is replaced or moved. Of what cannot be
   read, as a link to nowhere, only the name counts.
   """
-  digest = hashlib.sha256(f"{folder.resolve().as_posix()}\0".encode())
+  digest = hashlib.sha256(os.fsencode(f"{folder.resolve().as_posix()}\0"))
   for path in sorted(paths):
     about = ""
     with suppress(OSError):
       status = path.stat()
       about = f"{status.st_size}\0{status.st_mtime_ns}"
-    digest.update(f"{path.relative_to(folder).as_posix()}\0{about}\0".encode())
+    digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{about}\0"))
   return digest.hexdigest()[:16]
 
 
@@ -105,7 +106,7 @@ def read_archive(
     raise DataError(f"{path} does not exist: download it, or correct the folder")
   members = _zip_members if path.suffix == ".zip" else _tar_members
   try:
-    for name, file in members(path):
+    for name, file in members(path, largest):
       inside = PurePosixPath(name)
       odd = "\\" in name or not name.isprintable() or len(name) > _MAX_NAME
       if odd or inside.is_absolute() or ".." in inside.parts:
@@ -137,7 +138,7 @@ def _refuse_bomb(path: Path, unpacked: int) -> None:
     )
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def _zip_members(path: Path, largest: int) -> Iterator[tuple[str, IO[bytes]]]:
   with zipfile.ZipFile(path) as archive:
     _refuse_bomb(path, sum(info.file_size for info in archive.infolist()))
     for info in archive.infolist():
@@ -148,10 +149,17 @@ def _zip_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
           yield info.filename, file
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def _tar_members(path: Path, largest: int) -> Iterator[tuple[str, IO[bytes]]]:
   opener = gzip.open if path.suffix in (".gz", ".tgz") else open
   with opener(path, "rb") as stream:
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
+
+    def read(size: int) -> bytes:
+      if size > largest + tarfile.BLOCKSIZE:  # a header may declare a name of any length
+        raise tarfile.ReadError("a header that is too long")
+      return stream.read(size)
+
+    bounded: Any = SimpleNamespace(read=read, seek=stream.seek, tell=stream.tell)
+    with tarfile.open(fileobj=bounded, mode="r:") as archive:
       unpacked = 0
       for member in archive:
         if member.size < 0:  # tarfile would seek backwards and loop forever
@@ -226,8 +234,8 @@ def decode_image(
       centre to the aspect ratio, and resized. Otherwise it is refused.
 
   Raises:
-    DataError: if the file is not an image, is damaged, has another size, or has more than 8 bits
-      a channel.
+    DataError: if the file is not an image, is damaged, has another size, or is gray with more
+      than 8 bits. Of colors with more than 8 bits, the first 8 count.
   """
   try:
     with warnings.catch_warnings():
@@ -257,7 +265,7 @@ def fit_image(image: Image.Image, name: object, size: tuple[int, int], mode: str
     mode: the Pillow mode, `L` or `RGB`. What is transparent becomes white.
 
   Raises:
-    DataError: if it has more than 8 bits a channel.
+    DataError: if it is gray with more than 8 bits.
   """
   image = _opaque(ImageOps.exif_transpose(image), name).convert(mode)
   return ImageOps.fit(image, size, Image.Resampling.BICUBIC)

@@ -38,15 +38,24 @@ def load(
     raise ValueError("train_classes, test_classes and drawings must each be at least 1")
   num_classes = train_classes + test_classes
   # With fold_in, the characters are independent of a run that uses key(seed) itself.
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x676C7970), num_classes)
-  draw = jax.jit(lambda keys: jax.lax.map(lambda key: draw_class(key, drawings), keys))
-  images = np.asarray(draw(keys))
+  with jax.default_device(_cpu()):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x676C7970), num_classes)
+    draw = jax.jit(lambda keys: jax.lax.map(lambda key: draw_class(key, drawings), keys))
+    images = np.asarray(draw(keys))
 
   def classes(images: np.ndarray) -> Classes:
     labels = np.repeat(np.arange(len(images)), drawings)
     return from_arrays(images.reshape(-1, SIZE, SIZE, 1), labels)
 
   return Splits(classes(images[:train_classes]), None, classes(images[train_classes:]))
+
+
+def _cpu() -> jax.Device | None:
+  """Where glyphs are drawn, if JAX may use it: an accelerator would round to other pixels."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
 
 
 def draw_class(key: PRNGKey, drawings: int) -> jax.Array:

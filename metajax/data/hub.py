@@ -136,8 +136,17 @@ def _splits(
       if label is None or (names is not None and label < 0):  # as in test sets that are kept secret
         unlabelled += 1
         continue
-      image = _as_image(image, f"image {number}")
-      found = np.asarray(fit_image(image, f"image {number}", (form.width, form.height), form.mode))
+      is_one = isinstance(label, int | np.integer | str)
+      if not is_one:
+        raise DataError(f"image {number} has the label {label!r:.40}: give one number or name each")
+      try:
+        image = _as_image(image, f"image {number}")
+        fitted = fit_image(image, f"image {number}", (form.width, form.height), form.mode)
+        found = np.asarray(fitted)
+      except DataError:
+        raise
+      except Exception as error:  # decoders raise many types of error
+        raise DataError(f"image {number} is not a readable image: leave it out") from error
       content = label, hashlib.blake2b(found.tobytes(), digest_size=16).digest()
       if content in seen:  # its splits may overlap, and a task must not be tested by what it learns
         repeated += 1

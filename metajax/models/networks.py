@@ -215,8 +215,9 @@ def from_spec(spec: dict[str, Any]) -> Model:
   Raises:
     ValueError: if there is no such network, or it does not take these arguments.
   """
+  spec = spec if isinstance(spec, dict) else {"name": spec}
   name, arguments = spec.get("name"), {k: v for k, v in spec.items() if k != "name"}
-  if name not in NETWORKS:
+  if not isinstance(name, str) or name not in NETWORKS:
     raise ValueError(f"network {name!r} must be one of {', '.join(NETWORKS)}")
   try:
     return NETWORKS[name](**arguments)
@@ -412,6 +413,7 @@ def _images(size: tuple[int, int, int], ways: int, filters: int, **options: Any)
 
 
 def _image(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
-  height, width = (size, size) if isinstance(size, int) else size
+  sides: Any = size if np.shape(size) == (2,) else (size, size)
+  height, width = sides
   checks.at_least_one(height=height, width=width, channels=channels)
   return height, width, channels
