@@ -64,8 +64,8 @@ def meta_learner(
 
   Raises:
     ValueError: if an argument is of another type; in `init`, if a parameter is not floating point,
-      or the optimizer returns a gradient as it is, to be added; in `step`, if a gradient or the outer
-      state does not have the right shapes.
+      or the optimizer returns a gradient as it is, to be added; in `step`, if a gradient or the
+      outer state does not have the right shapes.
   """
   checks.is_a(MetaGradient, "meta_gradient", meta_gradient, "give one, such as maml(loss, inner)")
   checks.is_optimizer(optimizer)
