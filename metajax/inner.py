@@ -242,7 +242,10 @@ def inner_update(
 
 
 def scan(body: Callable[..., Any], carry: Any, xs: Any, length: int) -> Any:
-  """`jax.lax.scan`, which refuses no steps while `jax.disable_jit` is on, as with k = 1."""
+  """The same as `jax.lax.scan`, but also of length 0 under `jax.disable_jit`.
+
+  JAX raises an error there. With k = 1, no inner step comes before the tail.
+  """
   with nullcontext() if length else jax.disable_jit(False):
     return jax.lax.scan(body, carry, xs, length)
 

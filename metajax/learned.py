@@ -353,18 +353,19 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
       arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
     raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
-  known = isinstance(header, dict) and header.get("format") == _FORMAT and "crc32" in header
-  if not known or set(header.get("recipe", ())) != set(Recipe._fields):
+  content: Any = header.get("recipe") if isinstance(header, dict) else None
+  fields = set(content) if isinstance(content, dict) else None
+  if fields != set(Recipe._fields) or header.get("format") != _FORMAT or "crc32" not in header:
     raise ValueError(
       f"{path} is no learner file of format {_FORMAT}: write it with metajax.save, or read it with "
       "the version of metajax that wrote it"
     )
   if header["crc32"] != _checksum(arrays):
     raise ValueError(f"{path} is damaged: its numbers are not those that were saved")
-  checksum = _recipe_checksum(header["recipe"])
+  checksum = _recipe_checksum(content)
   if header.get("recipe_crc32", checksum) != checksum:  # early files do not have it
     raise ValueError(f"{path} is damaged: its recipe is not the one that was saved")
-  recipe = Recipe(**header["recipe"])
+  recipe = Recipe(**content)
   if model is None:
     if recipe.network is None:
       raise ValueError(

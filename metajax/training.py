@@ -143,7 +143,8 @@ def train(
       key or more meta-steps, or `report` returns anything but a number or None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
-    OSError: if the folder or a checkpoint cannot be written; earlier ones are kept.
+    OSError: if the folder or a checkpoint cannot be written, or the newest one cannot be read for a
+      reason that may pass; earlier ones are kept.
   """
   checks.at_least_one(num_steps=num_steps, report_every=report_every, steps_per_call=steps_per_call)
   check_state(state)

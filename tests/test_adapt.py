@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -177,3 +178,10 @@ def test_flags_of_other_data_sets_do_not_mention_folders():
   assert not {"image_size", "image_mode", "min_examples", "unreadable"} & set(
     values_of(Recipe(), Recipe)
   )
+
+
+def test_names_in_the_table_need_not_be_unicode(tmp_path):
+  name, one = os.fsdecode(b"caf\xe9"), np.ones((1, 1), np.float32)
+  found = metajax.Predictions(np.array([name]), one, np.array([name]))
+  adapt.write_table(tmp_path / "table.csv", [f"{name}.png"], found)
+  assert b"caf\xe9.png,caf\xe9,1.000000" in (tmp_path / "table.csv").read_bytes()

@@ -183,6 +183,12 @@ BINARIES = [
   ("no seeds", few_shot, ["--seeds=0"], "--seeds=0 must be at least 1"),
   ("last seed", few_shot, ["--seed=4294967295", "--seeds=2"], r"=4294967296 must be below 2\^32"),
   ("draw and train", few_shot, [PLOT, "--fresh"], "--plot_only draws what .* give one of them"),
+  (
+    "judge and track",
+    few_shot,
+    ["--judge=newest", "--track=wandb"],
+    "--judge trains nothing: leave",
+  ),
   ("judge nothing", few_shot, ["--judge=newest"], "holds no checkpoints to judge: give the --out"),
   ("unknown curve", combinations, ["--curves=g9"], "--curves must be any of g1, mean2"),
   ("no curve", combinations, ["--curves="], "--curves= must be"),

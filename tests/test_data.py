@@ -449,6 +449,17 @@ def test_a_messy_folder(messy, tmp_path):
   assert np.all(everything["c"] == (200, 100, 50))
 
 
+def test_names_need_not_be_unicode(tmp_path):
+  """As old archives leave them, whose names were in Latin-1."""
+  name = os.fsdecode(b"caf\xe9")
+  for label in (name, "b"):
+    write_image(tmp_path / "images" / label / "0.png", 10, (4, 4), mode="L")
+  options = {"size": 4, "mode": "L", "test": 1, "validation": 0, "cache_dir": tmp_path / "cache"}
+  for _ in range(2):  # decoded, and from the cache
+    splits = metajax.data.from_folder(tmp_path / "images", **options)
+    assert {*splits.train.names, *splits.test.names} == {name, "b"}
+
+
 def test_images_are_cropped_around_their_centre_and_turned_upright(tmp_path):
   wide = np.zeros((20, 60), np.uint8)
   wide[:, 20:40] = 255

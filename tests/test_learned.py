@@ -262,6 +262,10 @@ def test_other_files_are_refused(trained, tmp_path):
   with pytest.raises(ValueError, match="or read it with the version of metajax that wrote it"):
     metajax.load(path)
   path.write_bytes(sound)
+  rewritten(path, lambda header: header.update(recipe=5))
+  with pytest.raises(ValueError, match="is no learner file of format 1"):
+    metajax.load(path)
+  path.write_bytes(sound)
   rewritten(path, dict.clear)
   with pytest.raises(ValueError, match="is no learner file of format 1"):
     metajax.load(path)
