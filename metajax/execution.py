@@ -162,7 +162,8 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     def init(params: Params) -> InnerState:
       state = repeated(meta_gradient.init(params), slots)
-      return jax.device_put(state, NamedSharding(mesh, by_slot))
+      # Not device_put: under the vmap of a sweep, it would spread the runs.
+      return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, by_slot))
 
     def one_device(
       params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array

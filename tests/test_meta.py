@@ -109,16 +109,20 @@ def test_nothing_crosses_to_the_host_inside_a_run():
   assert "callback" not in program.as_text()
 
 
-def test_a_sweep_is_its_runs_one_by_one():
-  """Three pairs of rates with seeds of their own."""
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_sweep_is_its_runs_one_by_one(spread):
+  """Three pairs of rates with seeds of their own, and a state that is carried."""
+  mesh = metajax.task_mesh(jax.devices()[:2])
+  execution = metajax.sharded(4, mesh) if spread else metajax.vmapped(4)
   values = {"inner": jnp.array([0.01, 0.1, 0.3]), "outer": jnp.array([1.0, 0.5, 0.1])}
   keys = jax.random.split(KEY, 3)
   params = jnp.stack([problems.weights(seed) for seed in range(3)])
   _, *source = make()
 
   def make_learner(values):
-    gradient = metajax.reptile(LOSS, optax.sgd(values["inner"]))
-    return metajax.meta_learner(gradient, optax.sgd(values["outer"]), metajax.vmapped(4))
+    inner = optax.inject_hyperparams(optax.rmsprop)(values["inner"])  # the state has the rate
+    gradient = metajax.reptile(LOSS, metajax.carried(inner))
+    return metajax.meta_learner(gradient, optax.sgd(values["outer"]), execution)
 
   sweep = metajax.sweep(make_learner, *source, 5)
   states, infos = jax.jit(sweep.run)(values, sweep.init(values, params), keys)
