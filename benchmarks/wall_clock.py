@@ -100,7 +100,8 @@ def cases_from_flags() -> list[Case]:
     FLAGS.convolution,
   )
   rest = FLAGS.batch, FLAGS.tail or FLAGS.batch, FLAGS.optimizer, FLAGS.chunk
-  return [Case(*varied, *rest) for varied in lists]
+  chosen = [Case(*varied, *rest) for varied in lists]
+  return [case._replace(optimizer=cases.inner_optimizer(case)) for case in chosen]
 
 
 def main(argv: list[str]) -> None:
@@ -233,7 +234,7 @@ def draw(records: list[dict[str, Any]], folder: Path) -> None:
       xscale="log",
       yscale="log",
       ylabel=label,
-      xlabel={"inner_steps": "inner steps k", "meta_batch": "tasks of a meta-step"}[x],
+      xlabel={"inner_steps": "minibatches of a task, k", "meta_batch": "tasks of a meta-step"}[x],
     )
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter(LogFormatter())

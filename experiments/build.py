@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
 
 def load(recipe: Recipe) -> metajax.data.Splits:
   """Reads the data set."""
-  seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
+  seed = recipe.seed_of_data
   with _LOADING:
     if recipe.dataset == "folder":
       return _load_folder(

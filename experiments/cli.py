@@ -1,5 +1,6 @@
 """The command line of the experiments: flags made from settings, processes, and signals."""
 
+import inspect
 import os
 import signal
 import sys
@@ -72,8 +73,10 @@ def main(
       implied=implied,
     )
     logging.set_verbosity(logging.FATAL)  # Orbax logs some forty lines a save; errors are raised
-    # Run folders compare the flags, which know what may change, such as the way to convolve.
-    warnings.filterwarnings("ignore", message="a meta-step computes something else")
+    # Run folders compare the flags, which know what may change, such as the way to convolve, and
+    # the data. The algorithm "scratch" leaves all parameters as they are.
+    for message in ("a meta-step computes", "the data is not what", "no parameter has changed"):
+      warnings.filterwarnings("ignore", message=message)
     metajax.cores_as_devices()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       cache = metajax.data.cache_directory() / "compiled"
@@ -234,24 +237,23 @@ def _values(
   given: dict[str, Any] = {name: values[name].value for name in kinds if values[name].present}
   for name, value in given.items():
     if typing.get_origin(kinds[name]) is tuple:
-      given[name] = _entries(name, value, typing.get_args(kinds[name])[0])
+      given[name] = _entries(typing.get_args(kinds[name])[0], value)
   return given | ({"help": True} if values.help else {})
 
 
-def _entries(name: str, texts: list[str], kind: type) -> tuple[Any, ...]:
+def _entries(kind: type, texts: list[str]) -> tuple[Any, ...]:
   try:
     return tuple(kind(text) for text in texts)
   except ValueError:
-    what = "whole numbers" if kind is int else "numbers"
-    raise ValueError(f"--{name}={','.join(texts)} must be {what} separated by commas") from None
+    return tuple(texts)  # the group says what is wrong with them
 
 
 def _help(about: str, groups: Sequence[Settings], leave_out: Sequence[str]) -> str:
   lines, titled = [about.strip()], None
   for group, setting, kind in _settings(groups, leave_out):
     # The class that has the setting, which may be a base of the group's class.
-    home = next(c for c in reversed(type(group).__mro__) if setting.name in vars(c).get(
-      "__annotations__", {}))  # fmt: skip
+    bases = reversed(type(group).__mro__)
+    home = next(base for base in bases if setting.name in inspect.get_annotations(base))
     if home is not titled:
       lines += ["", (home.__doc__ or "").splitlines()[0]]
       titled = home

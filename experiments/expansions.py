@@ -162,7 +162,7 @@ def to_circle(phi: jax.Array) -> jax.Array:
   return _CENTRE + _RADIUS * outwards / jnp.linalg.norm(outwards)
 
 
-def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
+def alternate(steps: int) -> dict[str, Any]:
   """Runs Reptile with inner loops that reach the nearest solution.
 
   Meta-steps toward the line and toward the circle alternate. Their rate falls linearly to 0.
@@ -176,7 +176,7 @@ def alternate(steps: int, outer_rate: float = 0.3) -> dict[str, Any]:
     _stop_if_asked()
     displacement, difference = toward[step % 2](phi)
     apart = max(apart, float(difference))
-    phi = phi - outer_rate * (1 - step / steps) * displacement
+    phi = phi - 0.3 * (1 - step / steps) * displacement
     path.append(phi.tolist())
     means.append(float(mean(phi)))
   optimum = _optimum(phi)

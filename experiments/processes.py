@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -42,18 +41,12 @@ class Processes(Settings):
 
 def join(processes: Processes) -> None:
   """Makes this process one of several that share a run, if the flags say so."""
-  if processes.coordinator_address is not None:
-    arguments: tuple[Any, ...] = (
-      processes.coordinator_address,
-      processes.num_processes,
-      processes.process_id,
-    )
-  elif processes.distributed:
-    arguments = ()
-  else:
+  if not (processes.distributed or processes.coordinator_address):
     return
   try:
-    jax.distributed.initialize(*arguments)
+    jax.distributed.initialize(
+      processes.coordinator_address, processes.num_processes, processes.process_id
+    )
   except RuntimeError as error:
     why = str(error).splitlines()[0]
     raise ValueError(

@@ -315,6 +315,10 @@ class Recipe(Training, Judging, Cost):
     return self.tail_shots if self.tail == "separate" else 0
 
   @property
+  def seed_of_data(self) -> int:
+    return self.seed if self.data_seed is None else self.data_seed
+
+  @property
   def shots_and_batches(self) -> list[tuple[int, int]]:
     """For every evaluation, the examples of each class and those of a minibatch."""
     shots, batches = self.eval_shots, self.eval_batch

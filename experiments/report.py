@@ -253,8 +253,9 @@ def predict_tasks(run: Run, report: Report) -> list[Predicted]:
     return task, predict(params, task).argmax(axis=-1)
 
   found = []
-  seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
-  key = jax.random.fold_in(jax.random.key(seed), 0x7265706F)  # no other key of the run
+  key = jax.random.fold_in(
+    jax.random.key(recipe.seed_of_data), 0x7265706F
+  )  # no other key of the run
   for number in range(report.tasks):
     task, predictions = jax.device_get(one(jax.random.fold_in(key, number)))
     classes = [str(splits.test.names[number]) for number in task.classes]

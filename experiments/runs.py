@@ -115,11 +115,9 @@ class Keys(NamedTuple):
 
 
 def keys_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> Keys:
-  keys = Keys(*jax.random.split(jax.random.key(recipe.seed), 4))
-  if recipe.data_seed is not None:
-    *_, curve, test = jax.random.split(jax.random.key(recipe.data_seed), 4)
-    keys = keys._replace(curve=curve, test=test)
-  return metajax.programs.on_mesh(keys, mesh)
+  init, train, *_ = jax.random.split(jax.random.key(recipe.seed), 4)
+  *_, curve, test = jax.random.split(jax.random.key(recipe.seed_of_data), 4)
+  return metajax.programs.on_mesh(Keys(init, train, curve, test), mesh)
 
 
 def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,8 @@ PAGES = (
 )  # fmt: skip
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# The paper's Tables 1 and 2 in percent. The +- of MAML and FOMAML, which are from Finn et al.
-# (2017), is a 95 % interval over 600 tasks; that of Reptile is the deviation between 3 seeds.
+# The paper's Tables 1 and 2 in percent. The +- of MAML and FOMAML is a 95 % interval over 600
+# tasks; that of Reptile is the deviation between 3 seeds.
 ONE, FIVE = "1-shot transductive", "5-shot transductive"
 PAPER: dict[str, dict[str, tuple[float, float]]] = {
   "mini_imagenet_1shot_5way_maml": {ONE: (48.70, 1.84)},
@@ -160,9 +161,9 @@ def extrapolations() -> Iterator[str]:
   """What the learning curves of shorter runs say of the full length, and what was found there."""
   yield (
     "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
-    "full length, measured | same form, fitted to the whole run | the paper | hours at that pace |"
+    "full length, measured | the paper | hours at that pace |"
   )
-  yield "|---" * 8 + "|"
+  yield "|---" * 7 + "|"
   for recipe, of_paper in PAPER.items():
     length = PRESETS[recipe].meta_steps
     results = [(path, folders.finished(path)) for path in _by_length(recipe)]
@@ -170,24 +171,18 @@ def extrapolations() -> Iterator[str]:
     if not shorter:
       continue
     path, result = shorter[-1]
-    longest_path, whole = results[-1]
-    full = whole["cells"] if len(shorter) < len(results) else {}
+    full = results[-1][1]["cells"] if len(shorter) < len(results) else {}
     hours = f"{length / result['meta_steps_per_second'] / 3600:.1f}"
     for cell, in_paper in of_paper.items():
       found = extrapolated(folders.read_lines(path), cell, length, result["cells"][cell])
       if found is None:
         continue
       ours = f"{100 * result['cells'][cell]['accuracy']:.2f} ({result['meta_steps']:,})"
-      there, again = "", ""
-      if cell in full:
-        there = _percent(full[cell])
-        again = _fitted(extrapolated(folders.read_lines(longest_path), cell, length, full[cell]))
-      shown = [recipe, cell, ours, _fitted(found), there, again, _of_paper(in_paper), hours]
-      yield f"| {' | '.join(shown)} |"
-
-
-def _fitted(found: tuple[float, float, float] | None) -> str:
-  return "" if found is None else "{:.1f} ({:.1f} to {:.1f})".format(*found)
+      there = _percent(full[cell]) if cell in full else ""
+      at_length = f"{found.accuracy:.1f} ({found.low:.1f} to {found.high:.1f})"
+      if found.misfit > _WORST:
+        at_length = "not of this form"
+      yield f"| {' | '.join([recipe, cell, ours, at_length, there, _of_paper(in_paper), hours])} |"
 
 
 def lengths() -> Iterator[str]:
@@ -220,18 +215,35 @@ def lengths() -> Iterator[str]:
 
 
 _FEWEST = 6  # points of a curve to which three numbers are fitted
+_WORST = 1.5  # the largest misfit with which a curve is taken to have the form
+
+
+class Extrapolation(NamedTuple):
+  """The accuracy in percent that a learning curve leads to: see `extrapolated`.
+
+  Attributes:
+    accuracy: the median of the fits.
+    low, high: their 95 % interval.
+    misfit: how far the points are from the fitted curve, as a multiple of their noise; both are
+      root mean squares.
+  """
+
+  accuracy: float
+  low: float
+  high: float
+  misfit: float
 
 
 def extrapolated(
   lines: Sequence[folders.Line], cell: str, length: int, at_end: folders.Line
-) -> tuple[float, float, float] | None:
-  """The accuracy in percent that a learning curve leads to, and the 95 % interval of the fit.
+) -> Extrapolation | None:
+  """Extrapolates a learning curve to more meta-steps.
 
-  The error rate on test tasks is fitted by a + b t^-c, with a and b not negative, by least squares.
-  All points of a curve are of the same few tasks, which may be easier or harder than others: the
-  curve is shifted so that it ends at the accuracy on all test tasks. The interval is of 1,000 fits
-  to curves with noise like that of the points. It says how well the points determine the curve, and
-  not whether the curve has this form.
+  The error rate on test tasks is fitted by a + b t^-c, with a and b not negative and c from 0.1 to
+  2, by least squares. All points of a curve are of the same few tasks, which may be easier or
+  harder than others: the curve is shifted so that it ends at the accuracy on all test tasks. The
+  interval is of 1,000 fits to curves with noise like that of the points. It says how well the
+  points determine the curve, and not whether the curve keeps this form.
 
   Args:
     lines: of the learning curve.
@@ -240,19 +252,21 @@ def extrapolated(
     at_end: the accuracy on all test tasks after the last of the lines, and its interval.
 
   Returns:
-    The median and the two limits; None if there are fewer than six points.
+    The extrapolation, or None if there are fewer than six points.
   """
   points = [(line["step"], line["test"][cell]) for line in lines if line["step"] > 0]
   if len(points) < _FEWEST:
     return None
   steps = np.array([step for step, _ in points]) / length
   errors = np.array([1 - found["accuracy"] for _, found in points])
-  errors = np.maximum(errors - errors[-1] + 1 - at_end["accuracy"], 0)
   noise = np.array([found["interval95"] / 1.96 for _, found in points])
   noise = np.maximum(noise, np.median(noise))  # points with no error at all are not without noise
   rng = np.random.default_rng(0)
-  curves = errors + noise * rng.normal(size=(1_000, len(points)))
-  curves += at_end["interval95"] / 1.96 * rng.normal(size=(1_000, 1))
+  drawn = rng.normal(size=(1_001, len(points)))
+  drawn[0] = 0  # the first curve is that of the points
+  curves = errors + noise * drawn
+  ends_at = 1 - at_end["accuracy"] + at_end["interval95"] / 1.96 * rng.normal(size=(1_001, 1))
+  curves = np.maximum(curves - curves[:, -1:] + ends_at, 0)
   best, ends = np.full(len(curves), np.inf), np.zeros(len(curves))
   for c in np.linspace(0.1, 2.0, 39):
     power = steps**-c
@@ -264,8 +278,9 @@ def extrapolated(
     residual = np.sum((curves - a[:, None] - b[:, None] * power) ** 2, axis=1)
     better = residual < best
     best, ends = np.where(better, residual, best), np.where(better, a + b, ends)  # t = length
-  low, middle, high = 100 * (1 - np.quantile(ends, [0.975, 0.5, 0.025]))
-  return float(middle), float(low), float(high)
+  misfit = np.sqrt(best[0] / np.sum(noise**2))
+  low, middle, high = 100 * (1 - np.quantile(ends[1:], [0.975, 0.5, 0.025]))
+  return Extrapolation(float(middle), float(low), float(high), float(misfit))
 
 
 def of_family() -> Iterator[str]:

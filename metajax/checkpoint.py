@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -66,7 +67,8 @@ class Checkpoints(NamedTuple):
       none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
       written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
-      Its argument is a state with the same structure, shapes, dtypes and shardings. A damaged
+      Its argument is a state with the same structure, shapes, dtypes and shardings, or its shapes,
+      from `jax.eval_shape(learner.init, params)`. A damaged
       checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
       all are damaged or, where several processes share the run, if the newest one is, and OSError
       if a file cannot be read for a reason that may pass.
@@ -121,7 +123,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     nonlocal saving
     step, copy = int(state.step), copied(state)
     try:
-      beside_state = {"checksums": _checksums(state), "extra": extra or {}}
+      beside_state = {"checksums": checksums(state), "extra": extra or {}}
       beside_state["leaves"] = _described(state)
       text = json.dumps(beside_state, default=lambda number: number.item())
     except (TypeError, ValueError, AttributeError) as error:
@@ -173,7 +175,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
     ]
-    if _checksums(found) != beside["checksums"]:
+    if checksums(found) != beside["checksums"]:
       raise ValueError("its numbers are not those that were saved")
     return Saved(found, beside["extra"], step in rated)
 
@@ -184,7 +186,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
         found = load(step, like)
       except Exception as error:
         passed[step] = _first_line(error)
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+        if _may_pass(error):
           raise OSError(
             f"checkpoint {step} of {folder} cannot be read now ({passed[step]}), and may be whole: "
             "nothing was changed, try again"
@@ -272,11 +274,28 @@ def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def _may_pass(error: BaseException) -> bool:
+  """Whether an error in reading says nothing about what is in the file.
+
+  Arrays are read by TensorStore, whose errors have the number or the kind of the cause in the text.
+  """
+  number = re.search(r"os_error_code='(\d+)'", str(error))
+  return (
+    isinstance(error, MemoryError)
+    or (int(number[1]) if number else getattr(error, "errno", None)) in _PASSING
+    or any(
+      kind in str(error) for kind in ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    )
+  )
+
+
 def _described(state: MetaState) -> dict[str, str]:
   """The shape and dtype of every leaf, by its name in the state."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
-    jax.tree_util.keystr(path).lstrip("."): str(jax.typeof(jnp.asarray(leaf)))
+    jax.tree_util.keystr(path).lstrip("."): str(
+      jax.typeof(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+    )
     for path, leaf in leaves
   }
 
@@ -293,18 +312,19 @@ def _check_leaves(saved: dict[str, str] | None, expected: dict[str, str]) -> Non
   )
 
 
-def _checksums(state: MetaState) -> list[int]:
+def checksums(tree: Any) -> list[int]:
   """One checksum for each leaf, which changes if any single byte of the leaf changes."""
-  sums = jax.block_until_ready(_byte_sums(state))  # before another program communicates
+  sums = jax.block_until_ready(_byte_sums(tree))  # before another program communicates
   return [int(number) for number in jax.device_get(sums)]
 
 
 @jax.jit
-def _byte_sums(state: MetaState) -> jax.Array:
+def _byte_sums(tree: Any) -> jax.Array:
   def of_leaf(leaf: jax.Array) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    leaf = jnp.stack([leaf.real, leaf.imag]) if jnp.iscomplexobj(leaf) else leaf
     content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
     place, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(content.ndim)):
@@ -313,4 +333,4 @@ def _byte_sums(state: MetaState) -> jax.Array:
     # Odd factors: a change of one byte can not vanish modulo 2^32.
     return jnp.sum(content * (2 * place + 1), dtype=jnp.uint32)
 
-  return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(state)])
+  return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(tree)])

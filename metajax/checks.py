@@ -50,19 +50,29 @@ def is_optimizer(optimizer: Any) -> None:
 def with_extra_args(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns the same optimizer, which may be given more than the gradient.
+  """Returns the same optimizer, which may be given more than the gradient, and takes what it knows.
 
   Of `optax.MultiSteps`, which passes such arguments on, optax's own function would drop them.
   """
-  if isinstance(optimizer, optax.MultiSteps):
-    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-  return optax.with_extra_args_support(optimizer)
+  if not isinstance(optimizer, optax.MultiSteps):
+    optimizer = optax.with_extra_args_support(optimizer)
+  known = inspect.signature(optimizer.update).parameters
+  takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+
+  def update(grads: Params, state: Any, params: Params | None = None, **extra: Any) -> Any:
+    if not takes_all:  # as that of optax.contrib.sam
+      extra = {name: value for name, value in extra.items() if name in known}
+    return optimizer.update(grads, state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def chunk_of_tasks(chunk: int | None, num_tasks: int) -> None:
   """Checks the number of tasks that run together."""
-  if chunk is not None and not 1 <= chunk <= num_tasks:
-    raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
+  if chunk is not None:
+    at_least_one(chunk=chunk)
+    if chunk > num_tasks:
+      raise ValueError(f"chunk must be between 1 and num_tasks = {num_tasks}, not {chunk}")
 
 
 def is_apply(apply: Any) -> None:
@@ -79,7 +89,7 @@ def is_task(task: Any) -> None:
   if isinstance(task, int):
     raise ValueError(
       "make_episode was given where a schedule belongs: give the schedule itself, such as "
-      "cycling(num_steps, batch_size), without shared_tail or separate_tail"
+      "cycling(num_batches, batch_size), without shared_tail or separate_tail"
     )
   wrong = [task]
   if isinstance(task, Task):

@@ -11,13 +11,13 @@ from metajax.types import Episode, MakeEpisode, PRNGKey, Task, num_examples, tak
 Schedule = Callable[[PRNGKey, int], jax.Array]  # (key, n) -> int32 rows [k, b] of n examples
 
 
-def cycling(num_steps: int, batch_size: int) -> Schedule:
+def cycling(num_batches: int, batch_size: int) -> Schedule:
   """Cuts minibatches from an endless stream of passes, each a new shuffle of all examples.
 
   Every example is seen once before any is seen again. A minibatch may straddle two passes.
 
   Args:
-    num_steps: `k`, the minibatches of one episode.
+    num_batches: `k`, the minibatches of one episode.
     batch_size: `b`, the examples of one minibatch.
 
   Returns:
@@ -26,27 +26,27 @@ def cycling(num_steps: int, batch_size: int) -> Schedule:
   Raises:
     ValueError: if a size is below 1, or, when the schedule is drawn, if there is no example.
   """
-  checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
+  checks.at_least_one(num_batches=num_batches, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
     checks.is_count(n)
     if n < 1:
       raise ValueError(f"minibatches cannot be drawn from {n} examples: raise the shots")
-    passes = -(-num_steps * batch_size // n)
+    passes = -(-num_batches * batch_size // n)
     shuffles = jax.vmap(lambda key: jax.random.permutation(key, n))(jax.random.split(key, passes))
-    rows = shuffles.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
+    rows = shuffles.reshape(-1)[: num_batches * batch_size].reshape(num_batches, batch_size)
     return rows.astype(jnp.int32)
 
   return schedule
 
 
-def replacement(num_steps: int, batch_size: int) -> Schedule:
+def replacement(num_batches: int, batch_size: int) -> Schedule:
   """Draws every minibatch anew, without duplicates in it and independently of earlier ones.
 
   With full batches, `cycling` and `replacement` coincide.
 
   Args:
-    num_steps: `k`, the minibatches of one episode.
+    num_batches: `k`, the minibatches of one episode.
     batch_size: `b`, the examples of one minibatch.
 
   Returns:
@@ -55,7 +55,7 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
   Raises:
     ValueError: if a size is below 1, or, when the schedule is drawn, if `b > n`.
   """
-  checks.at_least_one(num_steps=num_steps, batch_size=batch_size)
+  checks.at_least_one(num_batches=num_batches, batch_size=batch_size)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
     checks.is_count(n)
@@ -65,19 +65,21 @@ def replacement(num_steps: int, batch_size: int) -> Schedule:
         "lower the batch size or raise the shots"
       )
     draw = lambda key: jax.random.permutation(key, n)[:batch_size].astype(jnp.int32)
-    return jax.vmap(draw)(jax.random.split(key, num_steps))
+    return jax.vmap(draw)(jax.random.split(key, num_batches))
 
   return schedule
 
 
-def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: int = 1) -> Schedule:
+def varying_shots(
+  num_batches: int, batch_size: int, *, ways: int = 1, at_least: int = 1
+) -> Schedule:
   """Like `cycling`, over a part of the examples whose size differs from task to task.
 
   The number of shots is drawn uniformly, from `at_least` to the number that the task has. That many
   examples of each class, drawn at random, are used, and the others are not.
 
   Args:
-    num_steps: `k`, the minibatches of one episode.
+    num_batches: `k`, the minibatches of one episode.
     batch_size: `b`, the examples of one minibatch.
     ways: the classes of a task. Its examples must be sorted by class, with equally many of each, as
       `few_shot.sample_task` draws them. With 1, any of all examples are used, whatever their class.
@@ -90,7 +92,7 @@ def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: i
     ValueError: if a size is below 1, or, when the schedule is drawn, if there are fewer shots, or
       `n` is not a multiple of the ways.
   """
-  checks.at_least_one(num_steps=num_steps, batch_size=batch_size, ways=ways, at_least=at_least)
+  checks.at_least_one(num_batches=num_batches, batch_size=batch_size, ways=ways, at_least=at_least)
 
   def schedule(key: PRNGKey, n: int) -> jax.Array:
     checks.is_count(n)
@@ -104,12 +106,12 @@ def varying_shots(num_steps: int, batch_size: int, *, ways: int = 1, at_least: i
     columns = jnp.tile(jnp.arange(n // ways), (ways, 1))
     ranks = jax.random.permutation(part_key, columns, axis=1, independent=True)
     takes_part = ranks.reshape(n) < shots
-    passes = -(-num_steps * batch_size // (ways * at_least))  # no more than these are begun
+    passes = -(-num_batches * batch_size // (ways * at_least))  # no more than these are begun
     scores = jnp.where(takes_part, jax.random.uniform(order_key, (passes, n)), 2.0)
     shuffles = jnp.argsort(scores, axis=1).astype(jnp.int32)  # those that take part come first
-    place = jnp.arange(num_steps * batch_size)
+    place = jnp.arange(num_batches * batch_size)
     rows = shuffles[place // (ways * shots), place % (ways * shots)]
-    return rows.reshape(num_steps, batch_size)
+    return rows.reshape(num_batches, batch_size)
 
   return schedule
 
@@ -184,7 +186,7 @@ def separate_tail(schedule: Schedule) -> MakeEpisode:
     if rows.shape[0] < 2:
       raise ValueError(
         "a separate tail is the last of the k minibatches, so k = 1 leaves none to adapt on: "
-        "use num_steps >= 2, or shared_tail"
+        "use num_batches >= 2, or shared_tail"
       )
     if num_examples(task.test) == 0:
       raise ValueError(

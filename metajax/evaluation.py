@@ -13,7 +13,7 @@ from metajax import checks
 from metajax.devices import task_mesh
 from metajax.episodes import Schedule, loss_key
 from metajax.meta import MetaLearner, MetaState
-from metajax.programs import compiled, on_mesh
+from metajax.programs import compiled, debugging, on_mesh
 from metajax.spread import map_tasks
 from metajax.types import Apply, Params, Predict, PRNGKey, SampleTask, Task, num_examples
 
@@ -69,7 +69,7 @@ def evaluate(learner: MetaLearner, schedule: Schedule, predict: Predict) -> Eval
     learner: from `meta_learner`, whatever its algorithm and its execution. It adapts with its own
       inner optimizer: a fresh one, or, if that is `carried`, one with the trained state. If the
       execution keeps a state for each place in the meta-batch, it is that of the first place.
-    schedule: the minibatches to adapt on, from `cycling` or `replacement`.
+    schedule: the minibatches to adapt on, one inner step on each, from `cycling` or `replacement`.
     predict: `transductive`, `inductive` or any `(params, task) -> outputs`, which may return the
       outputs of several protocols.
 
@@ -120,7 +120,7 @@ def judge(
     evaluate_task, sample_task, metric, num_tasks=tasks_per_call, mesh=mesh, chunk=chunk
   )
   everywhere = NamedSharding(mesh, PartitionSpec())
-  programs: dict[Any, Callable[..., Any]] = {}  # by the structure, types and places of the state
+  programs: dict[Any, Callable[..., Any]] = {}  # by what they are compiled for
 
   def judge_tasks(state: MetaState, key: PRNGKey, num_tasks: int, first: int = 0) -> Any:
     checks.at_least_one(num_tasks=num_tasks)
@@ -129,6 +129,8 @@ def judge(
     like = (
       jax.tree.structure(state),
       *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
+      debugging(),
+      getattr(jax.config, "jax_default_matmul_precision"),  # noqa: B009
     )
     if like not in programs:
       programs[like] = compiled(part, mesh, state, key, np.int32(0), out_shardings=everywhere)

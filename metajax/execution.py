@@ -161,9 +161,14 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
     def init(params: Params) -> InnerState:
-      state = repeated(meta_gradient.init(params), slots)
-      # Not device_put: under the vmap of a sweep, it would spread the runs.
-      return jax.lax.with_sharding_constraint(state, NamedSharding(mesh, by_slot))
+      spread = NamedSharding(mesh, by_slot)
+
+      def place(leaf: jax.Array) -> jax.Array:
+        if isinstance(leaf, jax.core.Tracer):  # in a sweep, device_put would spread the runs
+          return jax.lax.with_sharding_constraint(leaf, spread)
+        return jax.device_put(leaf, spread)
+
+      return jax.tree.map(place, repeated(meta_gradient.init(params), slots))
 
     def one_device(
       params: Params, inner_state: InnerState, episodes: Episode, counts: jax.Array

@@ -13,6 +13,7 @@ from metajax import checks
 from metajax.inner import (
   Info,
   LearnerState,
+  Turn,
   all_finite,
   begin_task,
   end_task,
@@ -223,16 +224,15 @@ def combine(
       total = jax.tree.map(lambda t, term: t + (weight * term).astype(t.dtype), total, terms)
       return (learner, total), Info(step.loss, step.metrics)
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    carry, info = scan(
-      lambda carry, turn: advance(carry, turn[0], take(episode.pool, turn[1].rows), *turn[1][1:]),
-      (begin_task(optimizer, params, inner_state), zeros),
-      (
-        jnp.asarray(coefficients[:-1]),
-        turns(loss_fn, episode.schedule, episode.key, episode.steps),
-      ),
-      k - 1,
-    )
+    def until_tail(
+      carry: tuple[LearnerState, Params], weight_and_turn: tuple[jax.Array, Turn]
+    ) -> tuple[tuple[LearnerState, Params], Info]:
+      weight, turn = weight_and_turn
+      return advance(carry, weight, take(episode.pool, turn.rows), turn.key, turn.taken)
+
+    start = begin_task(optimizer, params, inner_state), jax.tree.map(jnp.zeros_like, params)
+    each = turns(loss_fn, episode.schedule, episode.key, episode.steps)
+    carry, info = scan(until_tail, start, (jnp.asarray(coefficients[:-1]), each), k - 1)
     (learner, gradient), last = advance(
       carry, jnp.asarray(coefficients[-1]), episode.tail, tail_key(episode)
     )

@@ -140,7 +140,8 @@ def spoiled(after: InnerState, before: InnerState) -> jax.Array:
 
   Some optimizers begin with infinity, as `optax.contrib.reduce_on_plateau` does.
   """
-  kept = jax.tree.map(lambda a, b: (jnp.isfinite(a) | (a == b)).all(), after, before)
+  equal = lambda a, b: (a == b) | ((a != a) & (b != b))  # NaN is not equal to itself
+  kept = jax.tree.map(lambda a, b: (jnp.isfinite(a) | equal(a, b)).all(), after, before)
   return ~jax.tree.reduce(jnp.logical_and, kept, jnp.bool_(True))
 
 

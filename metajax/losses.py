@@ -31,9 +31,10 @@ def cross_entropy(apply: Apply, *, reduction: Reduction) -> LossFn:
 
   def per_example(logits: jax.Array, labels: jax.Array) -> jax.Array:
     _check_labels(logits, labels)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    # The factor makes the gradient NaN as well, so that a wrong label cannot go unnoticed.
-    return losses * jnp.where(_are_classes(logits, labels), 1.0, jnp.nan).astype(losses.dtype)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(_wide(logits), labels)
+    # The factor 0 / 0 makes the gradient NaN as well, so that a wrong label cannot go unnoticed.
+    known = _are_classes(logits, labels).astype(losses.dtype)
+    return losses * (known / known)
 
   return _reduced(apply, per_example, reduction)
 
@@ -54,7 +55,8 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
       raise ValueError(
         f"outputs {outputs.shape} and targets {targets.shape} must have the same shape"
       )
-    return jnp.sum(jnp.square(outputs - targets).reshape(outputs.shape[0], -1), axis=1)
+    squares = jnp.square(_wide(outputs) - _wide(targets))
+    return jnp.sum(squares.reshape(outputs.shape[0], -1), axis=1)
 
   return _reduced(apply, per_example, reduction)
 
@@ -71,7 +73,8 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
   outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
   _check_labels(outputs, targets)
   known = _are_classes(outputs, targets) & ~jnp.isnan(outputs).any(axis=-1)
-  return jnp.mean(jnp.where(known, jnp.argmax(outputs, axis=-1) == targets, jnp.nan))
+  right = known & (jnp.argmax(outputs, axis=-1) == targets)
+  return jnp.mean(right / known.astype(float))  # 0 / 0 is NaN
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
@@ -89,6 +92,11 @@ def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
       f"{values.min()} to {values.max()}: number the classes of a task from 0, and give the "
       "network an output for each"
     )
+
+
+def _wide(outputs: jax.Array) -> jax.Array:
+  """The outputs in at least float32: in bfloat16, a small loss would be rounded to 0."""
+  return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def _are_classes(logits: jax.Array, labels: Any) -> Any:

@@ -26,7 +26,7 @@ from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
-from metajax.types import MakeEpisode, PRNGKey, SampleTask
+from metajax.types import MakeEpisode, Params, PRNGKey, SampleTask
 
 
 class StoppedError(RuntimeError):
@@ -111,8 +111,8 @@ def train(
   SIGINT itself, `train` is called in another thread than the main one, or several processes share
   the run. The same call then resumes an interrupted run, repeats a report that was interrupted, and
   ends with bit-identical parameters. A warning is given if a meta-step computes something else
-  than when the folder was trained, for example because the algorithm or a rate has changed. Data
-  that the samplers close over becomes an argument of the compiled programs.
+  than when the folder was trained, for example because the algorithm, a rate or the data has
+  changed. Data that the samplers close over becomes an argument of the compiled programs.
 
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning is given if rounding changes its direction (a cosine below 0.9).
@@ -165,7 +165,7 @@ def train(
     one_step = run(learner, sample_task, make_episode, 1)
     extra: dict[str, Any] = {"key": np.asarray(jax.random.key_data(key)).tolist()}
     if saved:
-      extra["meta_step"] = _fingerprint(one_step, mesh, state, key)
+      extra["meta_step"], extra["constants"] = _fingerprint(one_step, mesh, state, key)
     if found is not None:
       _check_goes_on(found, extra, num_steps, int(state.step), folder)
       state, seconds = found.state, found.extra.get("seconds", 0.0)
@@ -214,6 +214,7 @@ def train(
     if found is not None and found.rated:  # its report was made
       sums = Sums()
 
+    begun, moved = record, False
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     if found is not None and not bar.disable:
       rest = ", the last one: nothing is left to train" if step == num_steps else ""
@@ -227,6 +228,14 @@ def train(
             "their gradients are not finite: nothing was learned. Lower the inner rate",
             stacklevel=2,
           )
+        elif step > begun.step + 1 and not moved:  # a rate may begin at 0
+          moved = _differ(begun.state.params, record.state.params)
+          if not moved:
+            warnings.warn(
+              f"no parameter has changed from meta-step {begun.step} to {step}: see that the loss "
+              "uses its first argument, the parameters, and that the outer rate is not 0",
+              stacklevel=2,
+            )
         with _paused(bar):
           keep()
           score = reported(record)
@@ -277,6 +286,12 @@ def train(
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
 
 
+def _differ(one: Params, other: Params) -> bool:
+  """Whether any number differs."""
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return any(not np.array_equal(a, b) for a, b in pairs)
+
+
 def _make_folder(folder: str | os.PathLike) -> None:
   """Makes the folder before training begins, since training would be lost without it."""
   path = Path(folder).expanduser()
@@ -292,18 +307,19 @@ def _make_folder(folder: str | os.PathLike) -> None:
 
 def _fingerprint(
   one_step: Callable[..., Any], mesh: Mesh, state: MetaState, key: PRNGKey
-) -> list[Any]:
-  """A checksum of a meta-step's operations, and the versions and devices for which they hold."""
+) -> tuple[list[Any], list[int]]:
+  """A checksum of a meta-step's operations, and the versions and devices for which they hold.
+
+  Beside them, the checksums of the arrays that it closes over, such as the data.
+  """
+  from metajax.checkpoint import checksums
+
   program = jax.make_jaxpr(one_step)(*jax.tree.map(without_sharding, (state, key)))
   text = re.sub("0x[0-9a-f]+", "", str(program))  # without addresses in memory
   platform = mesh.devices.flat[0].platform
-  return [
-    zlib.crc32(text.encode()),
-    metadata.version("metajax"),
-    jax.__version__,
-    platform,
-    mesh.size,
-  ]
+  held = zlib.crc32(text.encode()), metadata.version("metajax"), jax.__version__, platform
+  here = [leaf for leaf in program.consts if getattr(leaf, "is_fully_addressable", True)]
+  return [*held, mesh.size], [checksums(jnp.asarray(leaf))[0] for leaf in here]
 
 
 def _check_goes_on(
@@ -329,7 +345,15 @@ def _check_goes_on(
       f"checkpoint in {folder}: give another folder, or a state from learner.init"
     )
   before, now = found.extra.get("meta_step", extra["meta_step"]), extra["meta_step"]
-  if before[0] != now[0] and before[1:] == now[1:]:
+  if before[1:] != now[1:]:  # other versions or devices, for which the same is computed otherwise
+    return
+  if found.extra.get("constants", extra["constants"]) != extra["constants"]:
+    warnings.warn(
+      f"the data is not what {folder} was trained on, or another array that a meta-step uses has "
+      "changed, such as a rate or weights. Unless you mean it, give another folder",
+      stacklevel=3,
+    )
+  elif before[0] != now[0]:
     warnings.warn(
       f"a meta-step computes something else than when {folder} was trained: the algorithm, an "
       "optimizer, the loss, a sampler, or only how they are computed has changed. Unless you mean "

@@ -79,7 +79,8 @@ def only(
       raise ValueError(f"no parameter would be adapted: choose some of {names}")
     return chosen
 
-  moving = optax.partition({True: optimizer, False: optax.set_to_zero()}, labels)
+  adapting = checks.with_extra_args(optimizer)
+  moving = optax.partition({True: adapting, False: optax.set_to_zero()}, labels)
   return carried(moving) if isinstance(optimizer, Carried) else moving
 
 
@@ -180,7 +181,8 @@ def cavia(
   """
   inner = only(optimizer, lambda name: name.startswith("context"))
   whole = maml(loss_fn, inner, outer_loss=outer_loss, **options)
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), context)
+  shapes = jax.eval_shape(lambda context: context, context)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def init(params: Params) -> InnerState:
     return whole.init(WithContext(params, zeros))
@@ -419,6 +421,7 @@ def nearest_prototype(embed: Apply, ways: int) -> Predict:
   """Predicts by the distance to the mean embedding of each class (Snell et al. 2017).
 
   The outputs are -||f(x) - c_j||^2, with c_j the mean of f over the training examples of class j.
+  Where a class has none, the output is the lowest number there is, so that it is never predicted.
   All examples are embedded in one forward pass, as in the authors' code.
 
   Args:
@@ -435,9 +438,10 @@ def nearest_prototype(embed: Apply, ways: int) -> Predict:
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), task.train.inputs, task.test.inputs)
     train, test = jnp.split(embed(params, both), [num_examples(task.train)])
     members = jax.nn.one_hot(task.train.targets, ways, axis=0)  # [ways, n]
-    prototypes = members @ train / jnp.maximum(jnp.sum(members, axis=1, keepdims=True), 1)
-    apart = test[:, None] - prototypes
-    return -jnp.sum(jnp.square(apart), axis=-1)
+    sizes = jnp.sum(members, axis=1)
+    prototypes = members @ train / jnp.maximum(sizes, 1)[:, None]
+    apart = jnp.sum(jnp.square(test[:, None] - prototypes), axis=-1)
+    return jnp.where(sizes > 0, -apart, jnp.finfo(apart.dtype).min)
 
   return predict
 
@@ -446,8 +450,9 @@ def prototypical(embed: Apply, ways: int) -> MetaGradient:
   """Prototypical networks (Snell et al. 2017), metric learning as a yardstick for the family.
 
   There is no inner loop: the gradient is that of the mean cross-entropy of the tail, by
-  `nearest_prototype` with the whole pool as training examples, so the tail must be separate from
-  it. Evaluate it with `nearest_prototype` too; its `adapt` returns the parameters as they are.
+  `nearest_prototype` with the whole pool as training examples, whatever the schedule; so the tail
+  must be separate from it. Evaluate it with `nearest_prototype` too; its `adapt` returns the
+  parameters as they are.
 
   Args:
     embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`.

@@ -777,7 +777,7 @@ CALLS = [
     lambda: metajax.reptile(LOSS, SGD).init(PHI.astype(int)),
     "must be floating point",
   ),
-  ("minibatches: none", lambda: metajax.cycling(0, 3), "num_steps must be at least 1, not 0"),
+  ("minibatches: none", lambda: metajax.cycling(0, 3), "num_batches must be at least 1, not 0"),
   ("minibatches: empty", lambda: metajax.replacement(2, 0), "batch_size must be at least 1, not 0"),
   (
     "a schedule as make_episode",
@@ -852,7 +852,7 @@ CALLS = [
   ("judging: no test", lambda: judged(NO_EXAMPLE), "no test examples to judge by: raise test_sh"),
   ("replacement: too many", lambda: metajax.replacement(2, 9)(KEY, 7), "from 7 examples: lower"),
   ("cycling: no example", lambda: metajax.cycling(2, 3)(KEY, 0), "from 0 examples: raise the"),
-  ("separate tail: k = 1", lambda: HELD_BACK(BATCH, k=1), "use num_steps >= 2, or shared_tail"),
+  ("separate tail: k = 1", lambda: HELD_BACK(BATCH, k=1), "use num_batches >= 2, or shared_tail"),
   ("separate tail: no test", lambda: HELD_BACK(BATCH, NO_EXAMPLE), "has none: raise test_shots"),
   (
     "task: a tuple",

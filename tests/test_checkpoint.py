@@ -207,15 +207,26 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
   assert passed_over >= 2
 
 
-def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, of_three, states, monkeypatch):
+PASSING = [  # as the system raises them, and as TensorStore says the same
+  OSError(errno.EMFILE, "Too many open files"),
+  ValueError("RESOURCE_EXHAUSTED: Error opening x: Too many open files [os_error_code='24']"),
+  ValueError("INTERNAL: Error reading x [os_error_code='5'] [source locations='...']"),
+  MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_what_cannot_be_read_now_is_not_called_damaged(
+  tmp_path, of_three, states, monkeypatch, error
+):
   shutil.copytree(of_three, tmp_path / "run")
 
   def too_many(state):
-    raise OSError(errno.EMFILE, "Too many open files")
+    raise error
 
   with checkpoints(tmp_path / "run") as saved:
     with monkeypatch.context() as patched:
-      patched.setattr(metajax.checkpoint, "_checksums", too_many)
+      patched.setattr(metajax.checkpoint, "checksums", too_many)
       with pytest.raises(OSError, match=r"checkpoint 3 of .* cannot be read now .*try again"):
         saved.restore(START)
     saved.save(states[3])
@@ -291,3 +302,23 @@ def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
     saved.save(states[0], {"seconds": 2.0})
   assert {path.name for path in tmp_path.iterdir()} == {"1"}
   equal(restored(tmp_path).state, states[0])
+
+
+def test_a_state_may_be_described_by_its_shapes(of_three, states):
+  with checkpoints(of_three) as saved:
+    equal(saved.restore(jax.eval_shape(lambda: START)).state, states[2])
+
+
+@pytest.mark.parametrize("failing", ["save", "wait_until_finished", "_write_scores"])
+def test_a_full_disk_is_an_error_of_one_line(tmp_path, states, monkeypatch, failing):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  manager = metajax.checkpoint.ocp.CheckpointManager
+  monkeypatched = metajax.checkpoint if failing.startswith("_") else manager
+  line = r"could not be written in .* before are whole: .*No space left"
+  with pytest.raises(OSError, match=line), checkpoints(tmp_path) as saved:
+    saved.save(states[0])
+    monkeypatch.setattr(monkeypatched, failing, full)
+    saved.rate(1, 0.5)
+    saved.save(states[1])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from archives import members, write_omniglot, write_tar
 from PIL import Image
 
@@ -152,7 +153,6 @@ def test_sine_waves():
   np.testing.assert_allclose(tasks.test.inputs[0, :, 0], np.linspace(-5, 5, 50), rtol=1e-5)
   # a sin(x + b) = p sin x + q cos x, exactly, with the train points on the same wave
   basis = lambda x: np.stack([np.sin(x), np.cos(x)], axis=-1)
-  amplitudes = []
   for row in range(20):
     grid, targets = (
       np.asarray(tasks.test.inputs[row, :, 0]),
@@ -164,9 +164,15 @@ def test_sine_waves():
       tasks.train.targets[row, :, 0],
       atol=1e-4,
     )
-    amplitudes.append(np.hypot(*wave))
-  assert min(amplitudes) >= 0.1 and max(amplitudes) <= 5.0
-  assert tasks.train.inputs.min() >= -5 and tasks.train.inputs.max() <= 5
+  waves, *_ = np.linalg.lstsq(
+    basis(np.linspace(-5, 5, 50)), np.asarray(tasks.test.targets[..., 0]).T, rcond=None
+  )
+  amplitudes, phases = np.hypot(*waves), np.arctan2(waves[1], waves[0]) % (2 * np.pi)
+  uniform = lambda values, low, high: scipy.stats.kstest(values, "uniform", (low, high - low))
+  assert uniform(amplitudes, 0.1, 5.0).pvalue > 0.01
+  assert uniform(phases, 0, 2 * np.pi).pvalue > 0.01
+  assert uniform(np.ravel(tasks.train.inputs), -5, 5).pvalue > 0.01
+  assert abs(np.corrcoef(amplitudes, phases)[0, 1]) < 0.15
 
 
 # Glyphs

@@ -140,3 +140,10 @@ def test_tasks_with_different_steps_run_in_every_execution():
     learned.append(float(state.params))
   np.testing.assert_allclose(learned, learned[0], rtol=1e-5)
   assert learned[0] != 1.0
+
+
+def test_losses_draw_other_numbers_than_the_minibatches_are_drawn_with():
+  episode = metajax.shared_tail(metajax.cycling(4, 12))(KEY, task())
+  data = lambda key: tuple(jax.random.key_data(key).tolist())
+  of_losses = {data(jax.random.fold_in(episode.key, number)) for number in range(4)}
+  assert not of_losses & {data(key) for key in [KEY, *jax.random.split(KEY, 4)]}

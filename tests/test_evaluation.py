@@ -148,16 +148,47 @@ def test_a_state_may_have_been_moved_between_two_judgements():
   np.testing.assert_array_equal(judge(spread, key, 2), judge(jax.device_get(start), key, 2))
 
 
-def test_mean_and_interval():
-  values = np.random.default_rng(0).normal(size=600)
-  mean, interval = metajax.mean_and_interval(values)
-  low, high = scipy.stats.t.interval(0.95, 599, values.mean(), scipy.stats.sem(values))
+@pytest.mark.filterwarnings("ignore:sample_task does not use its key")
+def test_a_judge_is_compiled_again_where_jax_is_set_otherwise():
+  """To debug a program, and where matrix products are to be more precise."""
+  learner, traced = softmax_learner(), []
+  draw = lambda key: Task(*(problems.examples(seed, 6) for seed in (0, 1)))
+
+  def metric(outputs, targets):
+    traced.append(None)
+    return metajax.losses.accuracy(outputs, targets)
+
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 3), metajax.transductive(linear))
+  judge = metajax.judge(evaluate, draw, metric, metajax.task_mesh(jax.devices()[:1]))
+  state = learner.init(problems.weights())
+  found = judge(state, jax.random.key(0), 2)
+  calls = len(traced)
+  judge(state, jax.random.key(0), 2)
+  assert len(traced) == calls
+  with jax.default_matmul_precision("float32"):
+    np.testing.assert_allclose(judge(state, jax.random.key(0), 2), found)
+  assert len(traced) > calls
+  infinite = state._replace(params=state.params * jnp.inf)
+  with jax.debug_nans(True), pytest.raises(FloatingPointError):
+    judge(infinite, jax.random.key(0), 2)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_mean_and_interval(confidence):
+  values = np.random.default_rng(0).normal(size=20)
+  mean, interval = metajax.mean_and_interval(values, confidence)
+  low, high = scipy.stats.t.interval(confidence, 19, values.mean(), scipy.stats.sem(values))
   np.testing.assert_allclose([mean - interval, mean + interval], [low, high])
+
+
+def test_the_interval_of_many_values_is_the_usual_one():
+  values = np.random.default_rng(0).normal(size=600)
+  interval = metajax.mean_and_interval(values).interval
   np.testing.assert_allclose(interval, 1.96 * values.std() / np.sqrt(600), rtol=5e-3)
   assert metajax.mean_and_interval([0.5]) == (0.5, float("inf"))
 
 
-@pytest.mark.parametrize(("values", "confidence"), [([], 0.95), ([1.0], 1.0)])
+@pytest.mark.parametrize(("values", "confidence"), [([], 0.95), ([1.0], 1.0), ([1.0, 2.0], 0.0)])
 def test_mean_and_interval_refuses(values, confidence):
   with pytest.raises(ValueError, match="at least one value"):
     metajax.mean_and_interval(values, confidence)

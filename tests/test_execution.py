@@ -286,3 +286,10 @@ def test_bfloat16_parameters_and_float32_rates(name, execution):
   state = learner.init(problems.weights().astype(jnp.bfloat16))
   after, _ = jax.jit(learner.step)(state, problems.episodes((0, 1), k=3))
   assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+def test_a_sharded_learner_begins_with_parameters_of_one_device():
+  """As those of a learner that was trained on one device."""
+  on_one = jax.device_put(PARAMS, jax.devices()[1])
+  state = metajax.sharded(T, mesh(4)).lift(metajax.reptile(LOSS, ADAM)).init(on_one)
+  assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {4}

@@ -96,6 +96,12 @@ def test_it_adapts_and_predicts_as_the_learner_that_was_trained(trained, protoco
   assert found.probabilities.shape == (40, 3)
 
 
+def test_the_seed_determines_the_minibatches(learned):
+  found = [learned.adapt(IMAGES, LABELS, seed=seed)(MORE).probabilities for seed in (0, 3, 3)]
+  assert np.abs(found[0] - found[1]).max() > 1e-3
+  np.testing.assert_array_equal(found[1], found[2])
+
+
 def test_predictions_of_one_input_do_not_depend_on_the_others_when_inductive(learned):
   predict = learned.adapt(IMAGES, LABELS)
   together = predict(MORE).probabilities

@@ -28,6 +28,32 @@ def test_reductions(reduction, reduce):
   )
 
 
+def test_an_example_may_have_several_labels():
+  logits, labels = jnp.asarray(np.stack([LOGITS, 2 * LOGITS])), jnp.array([[0, 2], [1, 2]])
+  for reduction in ("sum", "mean"):
+    found = evaluate(losses.cross_entropy, reduction, logits, labels)
+    flat = evaluate(losses.cross_entropy, reduction, logits.reshape(4, 3), labels.reshape(4))
+    np.testing.assert_allclose(found, flat, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [losses.cross_entropy, losses.squared_error])
+def test_losses_of_bfloat16_are_computed_in_float32(make):
+  """In bfloat16, a loss of 0.01 beside logits near 10 would be 0."""
+  outputs = jnp.array([[10.0, 5.0, 4.0], [0.5, 9.0, 3.0]], jnp.bfloat16)
+  targets = jnp.array([0, 1]) if make is losses.cross_entropy else (outputs * 1.02)
+  found = evaluate(make, "sum", outputs, targets)
+  as_wide = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+  assert found.dtype == jnp.float32 and found > 0
+  assert found == evaluate(make, "sum", as_wide(outputs), as_wide(targets))
+
+
+def test_healthy_data_can_be_debugged():
+  """No NaN is made on the way, at which `jax_debug_nans` would stop."""
+  with jax.disable_jit(), jax.debug_nans(True):
+    assert evaluate(losses.cross_entropy, "sum", LOGITS, LABELS) > 0
+    assert losses.accuracy(LOGITS, LABELS) == 0.5
+
+
 def test_labels_may_be_a_list_and_are_known_inside_of_jit():
   loss = losses.cross_entropy(lambda params, inputs: params, reduction="sum")
   of_labels = lambda labels: jax.jit(lambda logits: loss(logits, Examples(None, labels)))

@@ -306,6 +306,26 @@ def test_equinox_modules():
   trains(model, inputs)
 
 
+def test_an_equinox_module_may_keep_a_function_of_its_own():
+  """It is another function each time that the module is made, and each time means the same."""
+  eqx = pytest.importorskip("equinox")
+
+  class Network(eqx.Module):
+    dense: eqx.nn.Linear
+    act: object = eqx.field(static=True)
+
+    def __init__(self, key):
+      self.dense, self.act = eqx.nn.Linear(4, 2, key=key), lambda x: jnp.maximum(x, 0.1 * x)
+
+    def __call__(self, x):
+      return self.act(self.dense(x))
+
+  model, inputs = models.from_equinox(lambda key: Network(key)), jnp.ones((3, 4))
+  np.testing.assert_allclose(
+    model.apply(model.init(KEY), inputs), jax.vmap(Network(KEY))(inputs), rtol=1e-6
+  )
+
+
 def test_equinox_modules_with_integers_are_refused():
   eqx = pytest.importorskip("equinox")
 
@@ -482,3 +502,23 @@ def test_networks_with_dropout_train_with_a_key(make):
   assert np.isfinite(infos.losses).all() and len(np.unique(infos.losses)) == 6
   outputs = [model.apply(state.params, data.inputs) for _ in range(2)]
   np.testing.assert_array_equal(*outputs)  # predictions draw nothing
+
+
+def test_fully_connected_networks_by_hand():
+  model = models.mlp(3, 2, hidden=(5, 4), activation="tanh")
+  params = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), model.init(KEY))
+  inputs = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+  hidden = inputs
+  for layer in range(3):
+    hidden = np.tanh(hidden) if layer else hidden
+    dense = params[f"Dense_{layer}"]
+    hidden = hidden @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+  np.testing.assert_allclose(model.apply(params, inputs), hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_fully_connected_networks_begin_uniform_in_one_over_the_root_of_the_fan_in():
+  params = models.mlp(100, 50, hidden=(400,)).init(KEY)
+  for name, fan_in in (("Dense_0", 100), ("Dense_1", 400)):
+    for leaf in params[name].values():
+      assert 0.8 < float(jnp.abs(leaf).max()) * fan_in**0.5 <= 1
+      assert abs(float(leaf.mean())) * fan_in**0.5 < 0.25 and leaf.min() < 0 < leaf.max()

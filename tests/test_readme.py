@@ -173,14 +173,25 @@ def test_extrapolations_recover_a_curve_of_this_form():
     for step, error in zip([0, *steps], [0.8, *errors], strict=True)
   ]
   at_end = cell(0.02 + 0.05 * 6**0.5) | {"interval95": 0.001}
-  middle, low, high = tables.extrapolated(lines, "x", 60_000, at_end)
-  assert low < 93 < high and abs(middle - 93) < 2.5 and high - low < 12
+  found = tables.extrapolated(lines, "x", 60_000, at_end)
+  assert found.low < 93 < found.high and abs(found.accuracy - 93) < 2.5
+  assert found.high - found.low < 12 and found.misfit < 1.1
   assert tables.extrapolated(lines[:6], "x", 60_000, at_end) is None
   flat = [{"step": step, "test": {"x": cell(0.3)}} for step in steps]
   for error in (0.3, 0.4):  # of all test tasks: those of the curve may be easier
     assert np.allclose(
-      tables.extrapolated(flat, "x", 60_000, cell(error)), 100 - 100 * error, atol=2.5
+      tables.extrapolated(flat, "x", 60_000, cell(error))[:3], 100 - 100 * error, atol=2.5
     )
+
+
+def test_a_curve_of_another_form_is_not_extrapolated():
+  """One that falls slowly at first, then fast, as that of MAML on 20-way tasks."""
+  cell = lambda error: {"accuracy": 1 - error, "interval95": 0.02}
+  errors = 0.3 + 0.6 / (1 + np.exp(np.arange(-5, 5)))
+  lines = [
+    {"step": 500 * (number + 1), "test": {"x": cell(error)}} for number, error in enumerate(errors)
+  ]
+  assert tables.extrapolated(lines, "x", 60_000, cell(errors[-1])).misfit > 1.5
 
 
 def test_the_paper_has_24_cells():

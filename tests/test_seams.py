@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import metajax
+from metajax import inner
 from tests import problems
 
 KEY = jax.random.key(0)
@@ -128,6 +129,23 @@ def test_skipped_tasks_count_as_zero_and_are_counted():
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), half.inner, state.inner)
 
 
+@pytest.mark.parametrize("bad", ["gradient", "state", "loss", None])
+def test_one_thing_that_is_not_finite_skips_a_task(bad):
+  one = lambda name: jnp.float32(jnp.nan if name == bad else 1)
+  results = one("gradient"), one("state"), metajax.Info(one("loss")[None])
+  gradient = metajax.MetaGradient(lambda params: (), lambda *_: results, lambda *_: ())
+  found, state, info = metajax.skip_nonfinite(gradient).estimate(jnp.ones(()), jnp.zeros(()), None)
+  skipped = bad is not None
+  kept = float(not skipped)
+  assert (found, state, info.losses[0], info.skipped) == (kept, kept, kept, float(skipped))
+
+
+def test_a_state_that_begins_with_nan_may_keep_it():
+  before, after = jnp.array([jnp.nan, 1.0, jnp.inf]), jnp.array([jnp.nan, 2.0, jnp.inf])
+  assert not inner.spoiled(after, before)
+  assert inner.spoiled(after.at[1].set(jnp.nan), before)
+
+
 def test_skipped_tasks_do_not_count_in_the_loss_of_the_outer_optimizer():
   """One that cuts its rate where the loss has stopped to fall keeps the least loss, here of L_k."""
   plateau = optax.contrib.reduce_on_plateau()
@@ -144,6 +162,7 @@ def test_skipped_tasks_do_not_count_in_the_loss_of_the_outer_optimizer():
   assert float(info.skipped) == 1 and least(after) == least(both)
 
 
+@pytest.mark.filterwarnings("ignore:no parameter has changed")
 def test_skipped_tasks_do_not_count_in_the_losses_that_are_reported():
   """All good tasks have the same losses, so their mean does not depend on how many are skipped."""
   gradient = metajax.skip_nonfinite(metajax.reptile(LOSS, SGD))
@@ -236,6 +255,17 @@ def test_line_searches_work_inside_and_are_refused_outside():
     steps(learner_of(SGD, optax.lbfgs()))
   with pytest.raises(ValueError, match="maml cannot differentiate through this inner optimizer"):
     metajax.maml(LOSS, optax.lbfgs()).init(PHI)
+
+
+def test_optimizers_are_given_what_they_take():
+  """`only` passes the loss on, and SAM takes neither the loss nor anything else that is offered."""
+  plateau = optax.MultiSteps(optax.chain(SGD, optax.contrib.reduce_on_plateau()), 2)
+  gradient = metajax.reptile(LOSS, metajax.variants.only(plateau, lambda name: True))
+  gradient.estimate(PHI, gradient.init(PHI), problems.episode(3, k=3))
+  sam = optax.contrib.sam(SGD, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)))
+  for learner in (learner_of(sam), learner_of(SGD, sam)):
+    state, _ = steps(learner)
+    assert np.all(np.isfinite(state.params)) and not np.array_equal(state.params, PHI)
 
 
 def test_each_place_in_the_meta_batch_draws_its_own_noise():

@@ -265,6 +265,53 @@ def test_another_algorithm_or_rate_in_a_folder_is_warned_of(tmp_path):
       train(learner, folder=tmp_path, num_steps=2)
 
 
+def weighed(weights):
+  gradient = metajax.combine(problems.softmax_loss(), optax.sgd(0.1), weights)
+  return metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+
+
+def test_other_data_or_numbers_in_a_folder_are_warned_of(tmp_path, monkeypatch):
+  """They are arrays that the program closes over, and not part of its text."""
+  last_alike = ([1.0, 1.0, 1.0], [0.0, 0.0, 1.0])
+  learners = [weighed(weights) for weights in last_alike]
+  starts = [learner.init(problems.weights()) for learner in learners]
+  train(learners[0], starts[0], folder=tmp_path, num_steps=2)
+  train(learners[0], starts[0], folder=tmp_path, num_steps=2)  # without a warning
+  with pytest.warns(UserWarning, match=f"the data is not what {tmp_path} was trained on, or"):
+    train(learners[1], starts[1], folder=tmp_path, num_steps=2)
+  inputs = POOL.inputs.at[7, 1].add(1e-3)
+  monkeypatch.setattr(f"{__name__}.POOL", POOL._replace(inputs=inputs))
+  with pytest.warns(UserWarning, match=f"the data is not what {tmp_path} was trained on, or"):
+    train(learners[0], starts[0], folder=tmp_path, num_steps=2)
+
+
+def test_a_loss_that_does_not_use_its_parameters_is_warned_of():
+  module = problems.weights()
+  loss = lambda params, batch: problems.softmax_loss()(module, batch)
+  learner = metajax.meta_learner(
+    metajax.maml(loss, optax.sgd(0.1)), optax.adam(1e-3), metajax.vmapped(2)
+  )
+  with pytest.warns(UserWarning, match="no parameter has changed from meta-step 0 to 3: see"):
+    train(learner, learner.init(problems.weights()), num_steps=3)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+  """Where no inner state is carried, of which there is one for each place."""
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.05))
+  mesh = lambda devices: metajax.task_mesh(jax.devices()[:devices])
+  records, outer = [], optax.sgd(0.5, momentum=0.9)
+
+  def go(devices, **options):
+    learner = metajax.meta_learner(gradient, outer, metajax.sharded(3, mesh(devices)))
+    return train(learner, learner.init(problems.weights()), **options)
+
+  whole = go(4)
+  go(4, folder=tmp_path, num_steps=3)
+  resumed = go(2, folder=tmp_path, report=records.append)
+  assert records[0].restored and records[0].step == 3
+  np.testing.assert_allclose(resumed.state.params, whole.state.params, rtol=1e-5)
+
+
 def test_jax_can_debug_what_is_compiled():
   mesh, traced = metajax.task_mesh(jax.devices()[:1]), []
 
@@ -283,7 +330,11 @@ def test_jax_can_debug_what_is_compiled():
 def test_a_folder_of_a_loop_of_the_user_s_own_is_gone_on_with(tmp_path, expected):
   with checkpoints(tmp_path) as saved:
     saved.save(expected[0][2])
-  assert train(folder=tmp_path, num_steps=3).step == 3
+  records = []
+  found = train(folder=tmp_path, num_steps=3, report=records.append).state
+  assert records[0].restored and records[0].step == 2
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, found, expected[0][3])
 
 
 @pytest.mark.parametrize("execution", [metajax.vmapped(2), metajax.serial(2), metajax.sharded(2)])

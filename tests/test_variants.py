@@ -183,6 +183,9 @@ def test_cavia_adapts_the_context_and_learns_the_rest(x64):
   adapted = gradient.adapt(params, (), episode.pool, episode.schedule, None)
   jax.tree.map(np.testing.assert_array_equal, adapted.params, params)
   np.testing.assert_allclose(adapted.context, context_of(params), rtol=1e-9)
+  for like in (jnp.ones(HIDDEN), jax.ShapeDtypeStruct((HIDDEN,), float)):  # it begins at zero
+    again = estimate(cavia(of_context, optax.sgd(RATE), like), params, episode)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_maml_differentiates_through_what_the_proximal_term_draws_to(x64):
@@ -250,6 +253,44 @@ def test_imaml_minimizes_the_losses_of_the_minibatches(x64):
   np.testing.assert_allclose(found, expected, rtol=1e-7)
   shorter = jax.jit(gradient.estimate)(phi, (), episode._replace(steps=jnp.int32(450)))[0]
   np.testing.assert_allclose(shorter, expected, rtol=1e-6)
+
+
+def test_imaml_has_the_mean_curvature_of_its_minibatches(x64):
+  pool, tail = quadratics(6, 7), quadratics(3, 8)
+  rows = jnp.array([[0, 1], [2, 3], [4, 5]], jnp.int32)
+  phi, strength = jnp.ones(4), 0.7
+  gradient = imaml(quadratic, optax.sgd(0.05), strength, iterations=4)
+  found = jax.jit(gradient.estimate)(phi, (), metajax.Episode(pool, rows, tail))[0]
+  psi = gradient.adapt(phi, (), pool, rows, None)
+  system = np.eye(4) + np.mean(pool.inputs, axis=0) / strength
+  expected = np.linalg.solve(system, jax.grad(quadratic)(psi, tail))
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+OUTER = {
+  "meta_sgd": lambda **outer: (meta_sgd(loss, **outer), with_rates(start(), RATE)),
+  "cavia": lambda **outer: (
+    cavia(lambda both, batch: loss(both.params, batch), optax.sgd(RATE), 0.0, **outer),
+    start(),
+  ),
+  "imaml": lambda **outer: (imaml(loss, optax.sgd(RATE), 2.0, **outer), start()),
+  "multi_step": lambda **outer: (multi_step(loss, optax.sgd(RATE), [0.4, 0.6], **outer), start()),
+}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_another_loss_for_the_outer_step(x64, name):
+  """One that is twice as large doubles the gradient, and leaves the inner steps as they are."""
+  episode, found = problems.episode(4, k=3), []
+  of_params = (lambda both, batch: loss(both.params, batch)) if name == "cavia" else loss
+  for outer in ({}, {"outer_loss": lambda params, batch: 2 * of_params(params, batch)}):
+    gradient, params = OUTER[name](**outer)
+    found.append(jax.jit(gradient.estimate)(params, gradient.init(params), episode))
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+  jax.tree.map(lambda a, b: close(2 * a, b), found[0][0], found[1][0])
+  before, after = found[0][2].losses, found[1][2].losses
+  close(before[:-1], after[:-1])
+  close(2 * before[-1], after[-1])
 
 
 def test_imaml_of_convolutions_runs_several_tasks_at_once(x64):
@@ -411,9 +452,7 @@ def test_prototypical_networks(x64):
     pool, tail = (np.asarray(part.targets) for part in (episode.pool, episode.tail))
     near, far = embed(params, episode.pool.inputs), embed(params, episode.tail.inputs)
     prototypes = [
-      sum(near[i] for i in np.flatnonzero(pool == c)) / max(np.sum(pool == c), 1)
-      + jnp.zeros(HIDDEN)
-      for c in range(classes)
+      sum(near[i] for i in np.flatnonzero(pool == c)) / np.sum(pool == c) for c in range(classes)
     ]
     logits = jnp.stack([-jnp.sum((far - c) ** 2, axis=1) for c in prototypes], axis=1)
     log = logits - jax.scipy.special.logsumexp(logits, axis=1, keepdims=True)
@@ -440,3 +479,18 @@ def test_prototypical_networks_train_and_are_judged():
   judge = metajax.judge(evaluate, task, metajax.losses.accuracy, tasks_per_call=50)
   scores = [judge(state, jax.random.key(1), 50).mean() for state in (before, after)]
   assert scores[1] > max(scores[0], 0.6)
+
+
+def test_all_examples_are_embedded_together_and_an_absent_class_is_never_predicted():
+  together = lambda params, inputs: inputs - jnp.mean(inputs, axis=0)
+  rng = np.random.default_rng(0)
+  train, test = rng.normal(size=(4, 3)), rng.normal(size=(5, 3))
+  labels = np.array([0, 2, 0, 2])
+  task = metajax.Task(metajax.Examples(train, labels), metajax.Examples(test, None))
+  found = np.asarray(nearest_prototype(together, 4)(None, task))
+  embedded = np.concatenate([train, test]) - np.concatenate([train, test]).mean(axis=0)
+  for label in (0, 2):
+    prototype = embedded[:4][labels == label].mean(axis=0)
+    expected = -np.sum((embedded[4:] - prototype) ** 2, axis=1)
+    np.testing.assert_allclose(found[:, label], expected, rtol=1e-5)
+  assert np.all(np.isfinite(found)) and np.all(found[:, [1, 3]] < -1e30)

@@ -157,11 +157,19 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
       )
     return params
 
-  def apply(params: Params, inputs: Any) -> Any:
+  @cache
+  def structure() -> tuple[Any, Any]:
+    """The module without numbers; it is made once, not at every call of `apply`."""
     shapes = eqx.filter_eval_shape(make, jax.random.key(0))
-    static = eqx.filter(shapes, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+    params, rest = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    return jax.tree.structure(params), rest
+
+  def apply(params: Params, inputs: Any) -> Any:
+    like, rest = structure()
+    # Functions that the module keeps are other objects each time it is made.
+    params = jax.tree.unflatten(like, jax.tree.leaves(params))
     try:
-      return jax.vmap(eqx.combine(params, static), axis_name="batch")(inputs)
+      return jax.vmap(eqx.combine(params, rest), axis_name="batch")(inputs)
     except RuntimeError as error:
       if "requires a key" in str(error):
         raise ValueError(_NO_DROPOUT) from error
