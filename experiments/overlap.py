@@ -186,6 +186,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         [100 * cell[between] for cell in cells],
         color=f"C{list(CURVES).index(curve)}",
         marker=".",
+        linestyle="none" if panel == "c" else "-",  # the rates are too far apart to join
         capsize=2,
         label=curve,
       )

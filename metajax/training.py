@@ -26,7 +26,7 @@ from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
-from metajax.types import MakeEpisode, Params, PRNGKey, SampleTask
+from metajax.types import MakeEpisode, PRNGKey, SampleTask
 
 
 class StoppedError(RuntimeError):
@@ -214,28 +214,14 @@ def train(
     if found is not None and found.rated:  # its report was made
       sums = Sums()
 
-    begun, moved = record, False
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     if found is not None and not bar.disable:
       rest = ", the last one: nothing is left to train" if step == num_steps else ""
       bar.write(f"going on from meta-step {step} of {folder}{rest}")
     while True:
       if sums.meta_steps and (step == num_steps or step % report_every == 0):
-        record = recorded()
-        if record.skipped == 1:
-          warnings.warn(
-            f"all tasks of meta-steps {step - sums.meta_steps + 1} to {step} were skipped, because "
-            "their gradients are not finite: nothing was learned. Lower the inner rate",
-            stacklevel=2,
-          )
-        elif step > begun.step + 1 and not moved:  # a rate may begin at 0
-          moved = _differ(begun.state.params, record.state.params)
-          if not moved:
-            warnings.warn(
-              f"no parameter has changed from meta-step {begun.step} to {step}: see that the loss "
-              "uses its first argument, the parameters, and that the outer rate is not 0",
-              stacklevel=2,
-            )
+        before, record = record, recorded()
+        _warn_if_nothing_is_learned(before, record)
         with _paused(bar):
           keep()
           score = reported(record)
@@ -265,17 +251,7 @@ def train(
       infos = jax.device_get(infos)
       if not finite:
         kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
-        diverged = step + _diverging_step(infos)
-        advice = "lower the inner or the outer rate"
-        if diverged == 1 and not np.isfinite(infos.losses[0, 0]):
-          advice = (
-            "its first loss is not finite, so see that inputs are, and that labels are from 0 to "
-            "the number of the network's outputs - 1"
-          )
-        raise DivergedError(
-          f"training diverged at meta-step {diverged}, its parameters are not finite: {advice} "
-          f"({kept})"
-        )
+        raise _diverged(infos, step, kept)
       step += steps
       sums = sums.add(infos)
       bar.update(steps)
@@ -286,10 +262,22 @@ def train(
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
 
 
-def _differ(one: Params, other: Params) -> bool:
-  """Whether any number differs."""
-  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-  return any(not np.array_equal(a, b) for a, b in pairs)
+def _warn_if_nothing_is_learned(before: Record, now: Record) -> None:
+  """Says so if all tasks between two reports were skipped, or no parameter has changed."""
+  if now.skipped == 1:
+    warnings.warn(
+      f"all tasks of meta-steps {before.step + 1} to {now.step} were skipped, because their "
+      "gradients are not finite: nothing was learned. Lower the inner rate",
+      stacklevel=3,
+    )
+    return
+  same = jax.tree.map(np.array_equal, before.state.params, now.state.params)
+  if now.step > before.step + 1 and all(jax.tree.leaves(same)):  # a rate may begin at 0
+    warnings.warn(
+      f"no parameter has changed from meta-step {before.step} to {now.step}: see that the loss "
+      "uses its first argument, the parameters, and that the outer rate is not 0",
+      stacklevel=3,
+    )
 
 
 def _make_folder(folder: str | os.PathLike) -> None:
@@ -456,6 +444,20 @@ def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:
     return state, infos, all_finite(state.params)
 
   return checked
+
+
+def _diverged(infos: Info, step: int, kept: str) -> DivergedError:
+  """The error that parameters are no longer finite after the meta-steps that follow `step`."""
+  first = step + _diverging_step(infos)
+  advice = "lower the inner or the outer rate"
+  if first == 1 and not np.isfinite(infos.losses[0, 0]):
+    advice = (
+      "its first loss is not finite, so see that inputs are, and that labels are from 0 to the "
+      "number of the network's outputs - 1"
+    )
+  return DivergedError(
+    f"training diverged at meta-step {first}, its parameters are not finite: {advice} ({kept})"
+  )
 
 
 def _diverging_step(infos: Info) -> int:
