@@ -1,7 +1,6 @@
 """The algorithms of few-shot runs by name: what each one learns, how it adapts and predicts."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,22 +53,18 @@ def build(recipe: Recipe, network: metajax.Model) -> Algorithm:
     protocols = {"transductive": predict, "inductive": _one_at_a_time(predict)}
     gradient = variants.prototypical(network.apply, recipe.ways)
     return Algorithm(network, gradient, None, protocols, None)
-  model = with_rates(recipe.algorithm, network, recipe.inner_rate)
-  context_loss = None
-  loss_of = partial(metajax.losses.cross_entropy, reduction=recipe.loss_reduction)
-  if recipe.algorithm == "cavia":
-    model = _with_context(network)
-    context_loss = loss_of(model.apply)
+  cavia = recipe.algorithm == "cavia"
+  adapting = _with_context(network) if cavia else network  # what the loss is a function of
+  model = with_rates(recipe.algorithm, adapting, recipe.inner_rate)
   fixed = () if recipe.adapt_norm else (NORM,)
   frozen = (*fixed, *not_adapted(recipe.algorithm, network))
   gradient, early = gradients(
     recipe.algorithm,
-    loss_of(network.apply),
+    metajax.losses.cross_entropy(adapting.apply, reduction=recipe.loss_reduction),
     _inner(recipe, frozen),
     recipe.inner_steps,
     weights=recipe.weights or (),
     strength=recipe.strength or 1.0,
-    context_loss=context_loss,
     context=jnp.zeros(_CONTEXT),
   )
   protocols = {
@@ -88,23 +83,20 @@ def gradients(
   *,
   weights: Sequence[float] = (),
   strength: float = 1.0,
-  context_loss: LossFn | None = None,
   context: Any = None,
 ) -> tuple[metajax.MetaGradient, metajax.MetaGradient | None]:
   """The meta-gradient of an algorithm, and that of its first meta-steps if it is another one.
 
   Args:
     algorithm: its name; any but `prototypical`.
-    loss: a function of the network's parameters.
+    loss: a function of the network's parameters, for `cavia` of `WithContext`.
     inner: the inner optimizer, for `anil` and `boil` one that moves their part.
     num_losses: k.
     weights: of `combine`.
     strength: of `imaml`.
-    context_loss: of `cavia`.
     context: of `cavia`.
   """
   maml = lambda: metajax.maml(loss, inner)
-  each = 1 / max(num_losses - 1, 1)
   makers: dict[str, Callable[[], metajax.MetaGradient]] = {
     "reptile": lambda: metajax.reptile(loss, inner),
     "joint": lambda: metajax.reptile(loss, inner),
@@ -115,11 +107,13 @@ def gradients(
     "meta_sgd": lambda: variants.meta_sgd(loss),
     "layer_rates": lambda: variants.meta_sgd(loss),
     "imaml": lambda: variants.imaml(loss, inner, strength, iterations=_ITERATIONS),
-    "cavia": lambda: variants.cavia(context_loss or loss, inner, context),
+    "cavia": lambda: variants.cavia(loss, inner, context),
   }
   early: dict[str, Callable[[], metajax.MetaGradient]] = {
     "annealed": lambda: metajax.fomaml(loss, inner),
-    "multi_step": lambda: variants.multi_step(loss, inner, np.full(num_losses - 1, each)),
+    "multi_step": lambda: variants.multi_step(
+      loss, inner, np.full(num_losses - 1, 1 / (num_losses - 1))
+    ),
   }
   at_first = early[algorithm]() if algorithm in early else None
   return makers[algorithm](), at_first

@@ -18,6 +18,7 @@ import numpy as np
 
 from experiments import cli, folders, plots, runs
 from experiments.recipes import PLAIN_SGD, Recipe
+from experiments.runs import Job
 from experiments.settings import Settings, option
 
 
@@ -39,7 +40,6 @@ CURVES: dict[str, tuple[str, list[float]]] = {
 }
 
 Logs = dict[str, list[list[folders.Line]]]  # the logs of every seed, by curve
-Runs = list[tuple[str, Recipe, Path]]  # label, recipe and folder
 
 _DECIDED = (
   "algorithm",
@@ -56,12 +56,7 @@ FIGURE = replace(PLAIN_SGD, inner_batch=25, eval_every=500)
 class Curves(Settings):
   """Which curves of the figure to train or draw."""
 
-  curves: tuple[str, ...] = option(tuple(CURVES), f"Any of {', '.join(CURVES)}.")
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    if set(self.curves) - set(CURVES):
-      raise ValueError(f"--curves must be any of {', '.join(CURVES)}, separated by commas")
+  curves: tuple[str, ...] = option(tuple(CURVES), f"Any of {', '.join(CURVES)}.", among=CURVES)
 
 
 def recipes(recipe: Recipe, curves: Curves) -> dict[str, Recipe]:
@@ -86,7 +81,7 @@ def recipes(recipe: Recipe, curves: Curves) -> dict[str, Recipe]:
   }
 
 
-def runs_of(recipe: Recipe, curves: Curves, seeds: int, out: Path) -> dict[str, Runs]:
+def runs_of(recipe: Recipe, curves: Curves, seeds: int, out: Path) -> dict[str, list[Job]]:
   """The runs of every curve, one for each seed."""
   return {
     name: runs.of_each_seed(name, one, out / name, seeds)
@@ -95,15 +90,15 @@ def runs_of(recipe: Recipe, curves: Curves, seeds: int, out: Path) -> dict[str, 
 
 
 def run(
-  recipe: Recipe, by_curve: dict[str, Runs], folder: folders.RunFolder, seeds: int
+  recipe: Recipe, by_curve: dict[str, list[Job]], folder: folders.RunFolder, seeds: int
 ) -> dict[str, Any]:
   """Trains the runs that are not complete, and returns the content of result.json."""
   many = [one for of_seeds in zip(*by_curve.values(), strict=True) for one in of_seeds]
-  many.sort(key=lambda one: one[1].inner_steps, reverse=True)  # longest first: none ends alone
-  results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
+  many.sort(key=lambda job: job.recipe.inner_steps, reverse=True)  # longest first: none ends alone
+  results = runs.run_all(many)
   curves: dict[str, Any] = folder.earlier("curves", seeds) or {}
   curves |= {
-    name: plots.cells_over_seeds([results[out] for _, _, out in of_seeds])
+    name: plots.cells_over_seeds([results[job.out] for job in of_seeds])
     for name, of_seeds in by_curve.items()
   }
   result: dict[str, Any] = {
@@ -114,7 +109,7 @@ def run(
   }
   folder.finish(result)
   there = runs_of(recipe, Curves(curves=tuple(result["curves"])), seeds, folder.path)
-  logs = {name: [folders.logged(out) for _, _, out in of_seeds] for name, of_seeds in there.items()}
+  logs = {name: [folders.logged(job.out) for job in of_seeds] for name, of_seeds in there.items()}
   draw(logs, folder.path / "figure3")
   print(f"accuracy over {recipe.eval_tasks} test tasks after {recipe.meta_steps} meta-steps")
   for name, cells in result["curves"].items():

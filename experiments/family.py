@@ -24,6 +24,7 @@ import optax
 import metajax
 from experiments import algorithms, build, cli, folders, jobs, plots, runs
 from experiments.recipes import FAMILY, Cost, Recipe
+from experiments.runs import Job
 from experiments.settings import option, values_of
 from metajax import variants
 
@@ -56,28 +57,19 @@ TITLES = {
 class Family(Cost):
   """Which algorithms are compared, and for how long they are trained."""
 
-  methods: tuple[str, ...] = option(tuple(FAMILY), f"Any of {', '.join(FAMILY)}.")
+  methods: tuple[str, ...] = option(tuple(FAMILY), f"Any of {', '.join(FAMILY)}.", among=FAMILY)
   meta_steps: int = option(5_000, "The number of meta-steps on Omniglot.", at_least=1)
   wave_steps: int = option(30_000, "The number of meta-steps on sine waves.", at_least=1)
   eval_tasks: int = option(1_000, "Test tasks and waves of the final result.", at_least=2)
   seed: int = option(0, "Determines everything random.", at_least=0)
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    if set(self.methods) - set(FAMILY):
-      raise ValueError(f"--methods must be any of {', '.join(FAMILY)}, separated by commas")
 
-
-Runs = dict[str, list[tuple[str, Recipe, Path]]]  # label, recipe and folder of each seed
-
-
-def runs_of(family: Family, seeds: int, out: Path) -> Runs:
+def runs_of(family: Family, seeds: int, out: Path) -> dict[str, list[Job]]:
   """The runs of every method on Omniglot, one for each seed."""
   of_all = {"eval_tasks": family.eval_tasks, "seed": family.seed, **values_of(family, Cost)}
   recipes = {
-    name: replace(FAMILY[name], **of_all, meta_steps=min(family.meta_steps, most))
+    name: replace(FAMILY[name], **of_all, meta_steps=1 if name == "scratch" else family.meta_steps)
     for name in family.methods
-    for most in [1 if name == "scratch" else family.meta_steps]
   }
   return {
     name: runs.of_each_seed(name, recipe, out / name, seeds) for name, recipe in recipes.items()
@@ -132,19 +124,11 @@ def wave_learner(
   plain = metajax.models.sine()
   rate = WAVE_RATES.get(name, 0.02)
   inner = algorithms.moving(optax.sgd(rate), algorithms.not_adapted(name, plain))
-  loss = metajax.losses.squared_error(plain.apply, reduction="mean")
-  model, context_loss = algorithms.with_rates(name, plain, rate), None
-  if name == "cavia":
-    model = _with_context()
-    context_loss = metajax.losses.squared_error(model.apply, reduction="mean")
+  adapting = _with_context() if name == "cavia" else plain  # what the loss is a function of
+  loss = metajax.losses.squared_error(adapting.apply, reduction="mean")
+  model = algorithms.with_rates(name, adapting, rate)
   gradient, early = algorithms.gradients(
-    name,
-    loss,
-    inner,
-    _LOSSES,
-    strength=_STRENGTH,
-    context_loss=context_loss,
-    context=jnp.zeros(_CONTEXT),
+    name, loss, inner, _LOSSES, strength=_STRENGTH, context=jnp.zeros(_CONTEXT)
   )
   as_reptile = name in ("reptile", "joint", "scratch")
   make_outer, start = (optax.sgd, 1.0) if as_reptile else (optax.adam, 1e-3)
@@ -209,7 +193,9 @@ def paces(name: str, recipe: Recipe) -> dict[str, float]:
   return found
 
 
-def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) -> folders.Line:
+def run(
+  family: Family, by_method: dict[str, list[Job]], folder: folders.RunFolder, seeds: int
+) -> folders.Line:
   """Trains what is not complete, and returns the content of result.json."""
   on_both = [(name, seed) for name in by_method for seed in range(seeds) if name not in _NO_WAVES]
   waves = jobs.side_by_side(
@@ -220,15 +206,14 @@ def run(family: Family, by_method: Runs, folder: folders.RunFolder, seeds: int) 
   )
   many = [one for of_seeds in by_method.values() for one in of_seeds]
   slowest = ("multi_step", "meta_sgd", "layer_rates", "cavia", "maml", "boil", "imaml")
-  many.sort(key=lambda one: one[1].algorithm not in slowest)  # so that none ends alone
-  results = dict(zip((out for _, _, out in many), runs.run_all(many), strict=True))
+  many.sort(key=lambda job: job.recipe.algorithm not in slowest)  # so that none ends alone
+  results = runs.run_all(many)
   methods = folder.earlier("methods", seeds) or {}
   for name, of_seeds in by_method.items():
-    found = [results[out] for _, _, out in of_seeds]
     methods[name] = {
-      "cells": plots.cells_over_seeds(found),
+      "cells": plots.cells_over_seeds([results[job.out] for job in of_seeds]),
       # One by one, after all training.
-      "step_ms": methods.get(name, {}).get("step_ms") or paces(name, of_seeds[0][1]),
+      "step_ms": methods.get(name, {}).get("step_ms") or paces(name, of_seeds[0].recipe),
     }
     of_waves = [one for (method, _), one in zip(on_both, waves, strict=True) if method == name]
     if of_waves:

@@ -66,7 +66,7 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
   folder.begin("a run of each seed")
 
   def each_seed() -> None:
-    results = runs.run_all(many)
+    results = list(runs.run_all(many).values())
     mean = lambda key: round(sum(result[key] for result in results) / len(results), 3)
     whole = {
       **results[0],
@@ -76,7 +76,7 @@ def program(run_options: cli.Run, choice: Choice, recipe: Recipe) -> Callable[[]
       "meta_steps_per_second": mean("meta_steps_per_second"),
     }
     folder.finish(whole)
-    plots.draw_learning_curve([folders.logged(path) for _, _, path in many], picture)
+    plots.draw_learning_curve([folders.logged(job.out) for job in many], picture)
     report(recipe, whole, out)
 
   return folders.locked(out, each_seed)

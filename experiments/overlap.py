@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments import cli, folders, plots, runs
 from experiments.recipes import PLAIN_SGD, Recipe
+from experiments.runs import Job
 from experiments.settings import Settings, option
 
 CURVES: dict[str, dict[str, Any]] = {
@@ -65,14 +66,7 @@ FIGURE = replace(
 class Panels(Settings):
   """Which panels of the figure to train or draw."""
 
-  panels: tuple[str, ...] = option(tuple(PANELS), f"Any of {', '.join(PANELS)}.")
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    if set(self.panels) - set(PANELS) or len(set(self.panels)) < len(self.panels):
-      raise ValueError(
-        f"--panels must be any of {', '.join(PANELS)}, separated by commas, each once"
-      )
+  panels: tuple[str, ...] = option(tuple(PANELS), f"Any of {', '.join(PANELS)}.", among=PANELS)
 
 
 class Point(NamedTuple):
@@ -81,7 +75,7 @@ class Point(NamedTuple):
   panel: str
   curve: str
   x: float
-  runs: list[tuple[str, Recipe, Path]]  # label, recipe and folder, one for each seed
+  runs: list[Job]  # one for each seed
 
 
 def points(recipe: Recipe, panels: Panels, seeds: int, out: Path) -> list[Point]:
@@ -134,16 +128,16 @@ def run(
   recipe: Recipe, panels: Panels, found: list[Point], folder: folders.RunFolder, seeds: int
 ) -> dict[str, Any]:
   """Trains the runs that are not complete, and returns the content of result.json."""
-  many = {one[2]: one for point in found for one in point.runs}
-  results = dict(zip(many, runs.run_all(list(many.values()), diverging_guesses=True), strict=True))
+  many = {job.out: job for point in found for job in point.runs}  # two points may share one
+  results = runs.run_all(list(many.values()), diverging_guesses=True)
   kept = folder.earlier("points", seeds) or []
   points = [point for point in kept if point["panel"] not in panels.panels] + [
     {
       "panel": point.panel,
       "curve": point.curve,
       "x": point.x,
-      "cells": plots.cells_over_seeds([results[out] for _, _, out in point.runs]),
-      "runs": [f"{out.parent.name}/{out.name}" for _, _, out in point.runs],
+      "cells": plots.cells_over_seeds([results[job.out] for job in point.runs]),
+      "runs": [f"{job.out.parent.name}/{job.out.name}" for job in point.runs],
     }
     for point in found
   ]

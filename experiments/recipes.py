@@ -110,7 +110,8 @@ class Training(Settings):
   curve_splits: tuple[str, ...] = option(("train", "test"),
     "The tasks that the learning curve is measured on: one or more of train, validation and test, "
     "separated by commas. The best checkpoint is chosen on validation tasks, or without them on "
-    "training tasks. It is never chosen on test tasks, so that with test alone there is none.")
+    "training tasks. It is never chosen on test tasks, so that with test alone there is none.",
+    among=("train", "validation", "test"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class Cost(Settings):
     at_least=1)
   track: tuple[str, ...] | None = option(None,
     "tensorboard, wandb or both: the learning curve and the images of a task are sent there as "
-    "well. TensorBoard's files are in OUT/tensorboard.")
+    "well. TensorBoard's files are in OUT/tensorboard.", among=("tensorboard", "wandb"))
 # fmt: on
 
 
@@ -158,10 +159,6 @@ class Recipe(Training, Judging, Cost):
       if getattr(self, name) >= 2**31:
         raise ValueError(f"--{name}={getattr(self, name)} must be below 2^31, to be counted")
     self.shots_and_batches  # noqa: B018, raises what is wrong with them
-    if set(self.curve_splits) - {"train", "validation", "test"}:
-      raise ValueError(
-        "--curve_splits must be one or more of train, validation and test, separated by commas"
-      )
     self._check_data()
     self._check_inner_loop()
     if self.chunk is not None and self.execution not in ("chunked", "sharded"):

@@ -85,7 +85,15 @@ def prepare(
   return experiment, folder
 
 
-def check_all(many: Sequence[tuple[str, Recipe, Path]]) -> None:
+class Job(NamedTuple):
+  """One of several runs."""
+
+  label: str
+  recipe: Recipe
+  out: Path
+
+
+def check_all(many: Sequence[Job]) -> None:
   """Raises what is wrong with any of several runs, before one is trained.
 
   Those that have not begun are built with the first run's data. Those that have, which may be
@@ -93,8 +101,9 @@ def check_all(many: Sequence[tuple[str, Recipe, Path]]) -> None:
   """
   for _, recipe, _ in many:
     trackers.check(recipe.track or ())
-  splits = build.load(many[0][1])
-  by_seed = {many[0][1].seed: folders.describe(splits)}
+  first = many[0].recipe
+  splits = build.load(first)
+  by_seed = {first.seed: folders.describe(splits)}
   for _, recipe, out in many:
     folder = open_folder(recipe, out)
     complete(recipe, folder)
@@ -275,17 +284,15 @@ def complete(recipe: Recipe, folder: RunFolder) -> Line | None:
   return result
 
 
-def run_all(
-  many: Sequence[tuple[str, Recipe, Path]], *, diverging_guesses: bool = False
-) -> list[Line]:
-  """The results of several labelled runs, in order; those that are complete are left as they are.
+def run_all(many: Sequence[Job], *, diverging_guesses: bool = False) -> dict[Path, Line]:
+  """The results of several runs, by folder; those that are complete are left as they are.
 
   If they spread their tasks, they run one after another on all devices, else side by side, each on
   a device of its own. A run that diverges ends them all, or, with `diverging_guesses`, has the
   accuracy of guessing.
   """
 
-  def job(label: str, recipe: Recipe, out: Path, mesh: jax.sharding.Mesh | None) -> Line:
+  def result_of(label: str, recipe: Recipe, out: Path, mesh: jax.sharding.Mesh | None) -> Line:
     folder = open_folder(recipe, out)
     try:
       result = complete(recipe, folder)
@@ -309,8 +316,10 @@ def run_all(
       return result
 
   if any(recipe.execution == build.SPREAD for _, recipe, _ in many):
-    return [job(*one, None) for one in many]
-  return jobs.side_by_side([partial(job, *one) for one in many])
+    results = [result_of(*one, None) for one in many]
+  else:
+    results = jobs.side_by_side([partial(result_of, *one) for one in many])
+  return {one.out: result for one, result in zip(many, results, strict=True)}
 
 
 def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
@@ -372,9 +381,7 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   return result
 
 
-def of_each_seed(
-  label: str, recipe: Recipe, out: Path, seeds: int
-) -> list[tuple[str, Recipe, Path]]:
+def of_each_seed(label: str, recipe: Recipe, out: Path, seeds: int) -> list[Job]:
   """The runs of several seeds, each in a folder of its own inside `out`.
 
   Raises:
@@ -382,6 +389,6 @@ def of_each_seed(
   """
   label = f"{label}, " if label else ""
   return [
-    (f"{label}seed {seed}", replace(recipe, seed=seed), out / f"seed{seed}")
+    Job(f"{label}seed {seed}", replace(recipe, seed=seed), out / f"seed{seed}")
     for seed in range(recipe.seed, recipe.seed + seeds)
   ]

@@ -15,7 +15,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
   Args:
     default: its value if it is not given.
     help: one or two sentences.
-    **limits: `at_least=n` for a whole number; `above=0` or `not_below=0` for a float.
+    **limits: `at_least=n` for a whole number; `above=0` or `not_below=0` for a float; `among=names`
+      for a tuple of some of these names.
   """
   return field(default=default, metadata={"help": help, **limits})
 
@@ -57,6 +58,9 @@ def _check(setting: Field, hint: Any, value: Any) -> None:
     if not isinstance(value, tuple) or not value or not all(_is(entry, one) for one in value):
       what = "names" if entry is str else "whole numbers" if entry is int else "numbers"
       raise ValueError(f"{given} must be {what} separated by commas")
+    if "among" in limits and (set(value) - set(limits["among"]) or len(set(value)) < len(value)):
+      among = ", ".join(limits["among"])
+      raise ValueError(f"--{setting.name} must be any of {among}, separated by commas, each once")
     numbers = value
   else:
     if not _is(kind, value):

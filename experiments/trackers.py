@@ -10,7 +10,6 @@ import numpy as np
 
 from experiments.folders import Line
 
-NAMES = ("tensorboard", "wandb")
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -29,12 +28,8 @@ class Tracker(NamedTuple):
 
 
 def check(names: Sequence[str]) -> None:
-  """Checks that the trackers are known and installed."""
+  """Checks that the trackers are installed."""
   for name in names:
-    if name not in NAMES:
-      raise ValueError(
-        f"--track={name} must be one or more of {', '.join(NAMES)}, separated by commas"
-      )
     try:
       importlib.import_module(_MODULES[name])
     except ImportError as error:

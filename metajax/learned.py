@@ -1,6 +1,7 @@
 """A learner to ship: one file, from which it adapts to new tasks without any other setting."""
 
 import json
+import math
 import os
 import uuid
 import warnings
@@ -49,6 +50,7 @@ _OPTIMIZERS = (
   "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adan", "amsgrad", "lamb", "lars",
   "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "rprop", "sgd", "sign_sgd", "yogi",
 )  # fmt: skip
+_MADE_UP = "outputs"  # the array of a file that holds those for made-up inputs
 _MAKE_MODEL = "make one, as models.from_linen(module, example_inputs)"
 Protocol = Literal["inductive", "transductive"]
 
@@ -146,7 +148,8 @@ def save(
     learner: from `meta_learner`.
     state: its trained state.
     model: the network. One that `metajax.models` makes by name, such as `conv4`, is made again by
-      `load`; any other must be given to `load` again.
+      `load`; any other must be given to `load` again, which compares its outputs for two made-up
+      inputs.
     example_inputs: inputs `[n, ...]` of the shape and dtype that the network was trained on.
     inner_optimizer: the name of one of optax's optimizers, such as `sgd`, `adam` or `rmsprop`, and
       its arguments, as `{"name": "sgd", "learning_rate": 0.1}`. A chain cannot be saved.
@@ -216,6 +219,8 @@ def save(
       f"outputs, not {outputs.shape}: give inputs[:1] rather than inputs[0]"
     )
   _check_adapts_as(learner, state, recipe, model, example_inputs, outputs.shape)
+  if model.spec is None and (outputs := _of_made_up_inputs(recipe, model, params)) is not None:
+    arrays[_MADE_UP] = outputs
   checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
   header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
   if jax.process_index() > 0:
@@ -341,7 +346,8 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     model: the network, if it is the user's own; by default the one that the file names.
 
   Raises:
-    ValueError: if there is no such file, it is damaged, or its numbers do not fit the network.
+    ValueError: if there is no such file, it is damaged, its numbers do not fit the network, or the
+      network computes something else than the one that was saved.
   """
   path = _found(path)
   try:
@@ -375,9 +381,45 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
   checks.is_a(Model, "model", model, _MAKE_MODEL)
   like = jax.eval_shape(model.init, jax.random.key(0))
   params = _filled(path, "params", like, arrays)
+  if _MADE_UP in arrays:
+    now = _of_made_up_inputs(recipe, model, params)
+    if now is None or now.shape != arrays[_MADE_UP].shape or _apart(now, arrays[_MADE_UP]) > 0.05:
+      raise ValueError(
+        f"the network has other outputs than when {path} was saved, for the same inputs: load it "
+        "with the network that it was saved with, to its activations and the scale of its inputs"
+      )
   like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)
   inner_state = _filled(path, "inner", like, arrays)
   return _learned(recipe, model, params, inner_state)
+
+
+def _of_made_up_inputs(recipe: Recipe, model: Model, params: Params) -> np.ndarray | None:
+  """The network's outputs for two inputs, which are the same each time.
+
+  None if it cannot take them, or if the structure of its inputs is not known from their names.
+  """
+
+  def made_up(shape: list[int], dtype: str) -> np.ndarray:
+    numbers = np.arange(2 * math.prod(shape)).reshape(2, *shape)
+    if np.dtype(dtype) in (np.uint8, np.bool_):
+      return (37 * numbers % (2 if dtype == "bool" else 256)).astype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+      return np.sin(numbers).astype(dtype)
+    return np.zeros_like(numbers, dtype)  # of tokens, not all may exist
+
+  leaves = {name: made_up(**of_leaf) for name, of_leaf in recipe.inputs.items()}
+  if any("/" in name for name in leaves):
+    return None
+  try:
+    outputs = np.asarray(model.apply(params, leaves.get("", leaves)), np.float32)
+  except Exception:  # of the user's own network
+    return None
+  return outputs if np.all(np.isfinite(outputs)) else None
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+  """The distance of two arrays, relative to their size."""
+  return float(np.linalg.norm(one - other) / np.maximum(np.linalg.norm(other), 1e-6))
 
 
 def _loss(recipe: Recipe, model: Model) -> LossFn:

@@ -64,7 +64,7 @@ FEW_SHOT = [
   ("half a shot", {"eval_shots": (1.5,)}, "--eval_shots=1.5 must be whole numbers"),
   ("batches for shots", {"eval_batch": (3, 5)}, "--eval_batch=3,5 must be one number, or one"),
   ("an empty minibatch", {"eval_batch": (0,)}, "--eval_batch=0 must be at least 1"),
-  ("unknown split", {"curve_splits": ("tset",)}, "--curve_splits must be one or more of train"),
+  ("unknown split", {"curve_splits": ("tset",)}, "--curve_splits must be any of train, val"),
   ("no split", {"curve_splits": ()}, "--curve_splits= must be names separated by commas"),
   ("no weights", COMBINE, "--weights and --algorithm=combine go together"),
   ("idle weights", {"weights": (1.0, 1.0)}, "--weights and --algorithm=combine go together"),

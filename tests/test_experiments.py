@@ -72,7 +72,9 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   resumed = execute(tiny(), tmp_path / "killed")
 
   shutil.rmtree(tmp_path / "whole" / "checkpoints")
-  assert runs.run_all([("again", tiny(), tmp_path / "whole")]) == [whole]
+  assert runs.run_all([runs.Job("again", tiny(), tmp_path / "whole")]) == {
+    tmp_path / "whole": whole
+  }
   (tmp_path / "whole" / "checkpoints").mkdir()
 
   assert timeless(resumed) == timeless(whole)
@@ -170,7 +172,7 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, mo
     execute(recipe, tmp_path)
   assert [record["step"] for record in folders.logged(tmp_path)] == [0, 1, 2]
   assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
-  (guessed,) = runs.run_all([("it", recipe, tmp_path)], diverging_guesses=True)
+  guessed = runs.run_all([runs.Job("it", recipe, tmp_path)], diverging_guesses=True)[tmp_path]
   assert {cell["accuracy"] for cell in guessed["cells"].values()} == {1 / 3}
   assert set(guessed["cells"]) == CELLS and "diverged at meta-step 3" in guessed["diverged"]
 
@@ -354,7 +356,7 @@ def test_each_of_several_runs_has_its_folder_alone(execution, tmp_path, glyphs, 
 
   monkeypatch.setattr(runs, "run", trained)
   many = runs.of_each_seed("", tiny(execution=execution), tmp_path, 2)
-  assert runs.run_all(many) == ["seed 0", "seed 1"]
+  assert runs.run_all(many) == {tmp_path / f"seed{seed}": f"seed {seed}" for seed in (0, 1)}
 
 
 def test_a_run_that_was_put_aside_is_no_other_seed(tmp_path):

@@ -153,9 +153,9 @@ def test_overlap_draws_figure_4(tmp_path, glyphs, monkeypatch):
 
   def made_up(many, *, diverging_guesses):
     assert diverging_guesses
-    asked.extend(label for label, _, _ in many)
+    asked.extend(job.label for job in many)
     cell = lambda one: {"accuracy": 1 / one.inner_steps, "interval95": 0.01, "tasks": 4}
-    return [{"cells": {"1-shot transductive": cell(one)}} for _, one, _ in many]
+    return {job.out: {"cells": {"1-shot transductive": cell(job.recipe)}} for job in many}
 
   asked = []
   monkeypatch.setattr(runs, "run_all", made_up)

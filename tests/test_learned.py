@@ -96,6 +96,24 @@ def test_it_adapts_and_predicts_as_the_learner_that_was_trained(trained, protoco
   assert found.probabilities.shape == (40, 3)
 
 
+@pytest.mark.parametrize("inputs", [np.ones((2, 4), np.float32), {"a": np.ones((2, 4), np.uint8)}])
+def test_a_network_of_ones_own_must_compute_what_it_did(tmp_path, inputs):
+  """Not only have parameters of the same shapes."""
+
+  def network(activation):
+    first = lambda x: x["a"] / 255 if isinstance(x, dict) else x
+    apply = lambda params, x: activation(first(x) @ params["w"]) @ params["v"]
+    draw = lambda key: {"w": jax.random.normal(key, (4, 8)), "v": jax.random.normal(key, (8, 3))}
+    return metajax.Model(draw, apply)
+
+  path = tmp_path / "own.safetensors"
+  saved(path, network(jnp.tanh), example_inputs=inputs)
+  metajax.load(path, model=network(lambda x: jnp.tanh(x)))
+  for other in (jax.nn.relu, lambda x: jnp.tanh(2 * x)):
+    with pytest.raises(ValueError, match=r"has other outputs than when .* to its activations and"):
+      metajax.load(path, model=network(other))
+
+
 def test_the_seed_determines_the_minibatches(learned):
   found = [learned.adapt(IMAGES, LABELS, seed=seed)(MORE).probabilities for seed in (0, 3, 3)]
   assert np.abs(found[0] - found[1]).max() > 1e-3
