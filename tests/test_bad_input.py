@@ -644,6 +644,11 @@ def learner(outer=SGD):
   return metajax.meta_learner(metajax.maml(LOSS, SGD), outer, metajax.vmapped(2))
 
 
+def divided(**parts):
+  classes = metajax.data.from_arrays(np.zeros((8, 2), np.float32), np.repeat(np.arange(4), 2))
+  return metajax.data.few_shot.split(classes, **{"validation": 0, "test": 1, **parts})
+
+
 # name, what differs from a sound call, pattern
 ESTIMATES = [
   ("a loss for each example", {"loss": vector_loss}, r"not float32\[3\]: return the sum or the"),
@@ -941,6 +946,22 @@ CALLS = [
     "the outer state is not that of this optimizer",
   ),
   ("run: no step", lambda: metajax.run(None, None, None, 0), "num_steps must be at least 1"),
+  ("serial: no task", lambda: metajax.serial(0), "num_tasks must be at least 1, not 0"),
+  ("sharded: no task", lambda: metajax.sharded(0), "num_tasks must be at least 1, not 0"),
+  ("vmapped: half a task", lambda: metajax.vmapped(2, chunk=1.0), "chunk must be a whole number"),
+  ("varying shots: none", lambda: metajax.varying_shots(0, 1), "num_batches must be at least 1"),
+  ("varying shots: no way", lambda: metajax.varying_shots(1, 1, ways=0), "ways must be at least 1"),
+  ("varying steps: none", lambda: metajax.varying_steps(SHARED, at_least=0), "at_least must be at"),
+  ("split: nothing to test", lambda: divided(test=0), "4 classes cannot be divided into"),
+  ("split: nothing to train on", lambda: divided(test=4), "4 classes cannot be divided into"),
+  ("split: negative", lambda: divided(validation=-1), "4 classes cannot be divided"),
+  (
+    "imaml: no iteration",
+    lambda: variants.imaml(LOSS, SGD, 1.0, iterations=0),
+    "iterations must be at least 1",
+  ),
+  ("prototypes: no way", lambda: variants.nearest_prototype(LOSS, 0), "ways must be at least 1"),
+  ("network: activation", lambda: models.mlp(1, 1, activation="x"), "must be relu, tanh, gelu"),
   (
     "expansion: k = 1",
     lambda: metajax.theory.expansion(LOSS, PHI, jax.tree.map(lambda x: x[None, None], BATCH)),
@@ -961,6 +982,7 @@ def test_sound_calls_are_not_refused():
     assert jax.eval_shape(gradient.estimate, PHI, gradient.init(PHI), EPISODE)[0].shape == PHI.shape
   assert combined([1.0, 1.0, 1.0])[0].shape == cross_entropy(BATCH.targets).shape + PHI.shape
   assert evaluated(LOSS, ()).shape == (4, 3)
+  assert len(divided().train.sizes) == 3
   assert omniglot_on((2, 28, 28, 1)).shape == (2, 3)
   assert HELD_BACK(BATCH).schedule.shape == SHARED(BATCH).schedule.shape == (1, 3)
 

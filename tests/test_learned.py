@@ -1,5 +1,6 @@
 """A learner that is saved to a file adapts as the one that was trained."""
 
+import functools
 import json
 import struct
 import subprocess
@@ -112,6 +113,24 @@ def test_a_network_of_ones_own_must_compute_what_it_did(tmp_path, inputs):
   for other in (jax.nn.relu, lambda x: jnp.tanh(2 * x)):
     with pytest.raises(ValueError, match=r"has other outputs than when .* to its activations and"):
       metajax.load(path, model=network(other))
+
+
+def test_a_state_that_is_carried_beside_parameters_that_are_frozen(tmp_path):
+  inner = metajax.carried(
+    metajax.variants.only(
+      optax.adam(0.02, b1=0.0, eps=0.01), lambda name: "BatchStatsNorm" not in name
+    )
+  )
+  path = tmp_path / "frozen.safetensors"
+  learner, state, _ = saved(path, inner=inner, frozen=("BatchStatsNorm",))
+  examples = metajax.Examples(jnp.asarray(IMAGES), jnp.arange(9, dtype=jnp.int32) % 3)
+  found = metajax.load(path).adapt_params(examples, KEY)
+  expected = learner.adapt(state, examples, metajax.cycling(7, 4)(KEY, 9))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  jax.tree.map(close, found, expected)
+  for name, part in found.items():
+    moved = [not np.array_equal(part[leaf], state.params[name][leaf]) for leaf in part]
+    assert any(moved) != name.startswith("BatchStatsNorm")
 
 
 def test_the_seed_determines_the_minibatches(learned):

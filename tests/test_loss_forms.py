@@ -87,6 +87,46 @@ def test_each_step_has_a_key_and_metrics_of_its_own(x64, name):
   assert len(set(np.asarray(info.metrics["kept"][:3]).tolist())) > 1  # masks differ
 
 
+def test_meta_sgd_hands_keys_on(x64):
+  params, episode = problems.weights(), keyed(3)
+  both = metajax.variants.with_rates(params, RATE)
+  gradient, _, info = jax.jit(metajax.variants.meta_sgd(noisy).estimate)(both, (), episode)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+  close(gradient.params, expected("maml", params, episode))
+  close(info.losses, plainly(params, episode)[1])
+
+
+def test_cavia_hands_keys_on(x64):
+  """A context that is added to the parameters, which are 0, is adapted as parameters are."""
+  episode, zeros = keyed(3), jnp.zeros_like(problems.weights())
+  of_context = lambda both, batch, key: noisy(both.params + both.context, batch, key)
+  gradient = metajax.variants.cavia(of_context, optax.sgd(RATE), zeros)
+  _, _, info = jax.jit(gradient.estimate)(zeros, gradient.init(zeros), episode)
+  np.testing.assert_allclose(info.losses, plainly(zeros, episode)[1], rtol=1e-9)
+
+
+def test_imaml_has_the_curvature_under_the_key_of_the_last_loss(x64):
+  params, episode, strength = problems.weights(), keyed(3), 50.0
+  inner = optax.sgd(RATE)
+  gradient = metajax.variants.imaml(noisy, inner, strength, iterations=12)
+  found = jax.jit(gradient.estimate)(params, (), episode)[0]
+  # Its inner steps are drawn to the start; the keys of their losses are those of all algorithms.
+  after, key = params, jax.random.fold_in(episode.key, 3)
+  batches = [
+    jax.tree.map(lambda leaf, rows=rows: leaf[rows], episode.pool) for rows in episode.schedule
+  ]
+  for number, batch in enumerate(batches):
+    of_step = lambda phi, batch=batch, number=number: noisy(
+      phi, batch, jax.random.fold_in(episode.key, number)
+    )[0]
+    after = after - RATE * (jax.grad(of_step)(after) + strength * (after - params))
+  mean = lambda phi: sum(noisy(phi, batch, key)[0] for batch in batches) / len(batches)
+  curvature = jax.hessian(mean)(after).reshape(params.size, params.size)
+  of_tail = jax.grad(lambda phi: noisy(phi, episode.tail, key)[0])(after).reshape(-1)
+  exact = np.linalg.solve(np.eye(params.size) + curvature / strength, of_tail)
+  np.testing.assert_allclose(np.ravel(found), exact, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["fomaml", "maml"])
 def test_the_outer_step_may_have_another_loss(x64, name):
   params, episode = problems.weights(), keyed(2)
