@@ -118,7 +118,8 @@ REFUSALS = [
   (
     {"ways": 3, "eval_shots": (4,), "train_shots": 5},
     r"pictures\d is too small: a task takes 5 examples .* train class 'c' has 4: lower "
-    r"--train_shots, or raise --min_examples; it has 2 test classes: lower --ways=3; a task takes 5 .* test",
+    r"--train_shots, or raise --min_examples; it has 2 test classes: lower --ways=3; "
+    "a task takes 5 .* test",
   ),
   ({"min_examples": 9}, "no class has 9 examples"),
 ]
