@@ -67,11 +67,11 @@ class Checkpoints(NamedTuple):
       none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
       written.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
-      Its argument is a state with the same structure, shapes, dtypes and shardings, or its shapes,
-      from `jax.eval_shape(learner.init, params)`. A damaged
-      checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
-      all are damaged or, where several processes share the run, if the newest one is, and OSError
-      if a file cannot be read for a reason that may pass.
+      Its argument is a state with the same structure, shapes, dtypes and shardings, or only their
+      description, `jax.eval_shape(learner.init, params)`. A damaged checkpoint is passed over with
+      a warning, and the next save removes it. Raises ValueError if all are damaged or, where
+      several processes share the run, if the newest one is, and OSError if a file cannot be read
+      for a reason that may pass.
     best: the same for the checkpoint with the highest score, which need not be among the newest.
     close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
@@ -123,7 +123,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     nonlocal saving
     step, copy = int(state.step), copied(state)
     try:
-      beside_state = {"checksums": checksums(state), "extra": extra or {}}
+      beside_state = {"checksums": _checksums(state), "extra": extra or {}}
       beside_state["leaves"] = _described(state)
       text = json.dumps(beside_state, default=lambda number: number.item())
     except (TypeError, ValueError, AttributeError) as error:
@@ -175,7 +175,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
     ]
-    if checksums(found) != beside["checksums"]:
+    if _checksums(found) != beside["checksums"]:
       raise ValueError("its numbers are not those that were saved")
     return Saved(found, beside["extra"], step in rated)
 
@@ -283,9 +283,7 @@ def _may_pass(error: BaseException) -> bool:
   return (
     isinstance(error, MemoryError)
     or (int(number[1]) if number else getattr(error, "errno", None)) in _PASSING
-    or any(
-      kind in str(error) for kind in ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    )
+    or bool(re.search("RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED", str(error)))
   )
 
 
@@ -294,7 +292,7 @@ def _described(state: MetaState) -> dict[str, str]:
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
     jax.tree_util.keystr(path).lstrip("."): str(
-      jax.typeof(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+      jax.typeof(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf))
     )
     for path, leaf in leaves
   }
@@ -312,19 +310,18 @@ def _check_leaves(saved: dict[str, str] | None, expected: dict[str, str]) -> Non
   )
 
 
-def checksums(tree: Any) -> list[int]:
+def _checksums(state: MetaState) -> list[int]:
   """One checksum for each leaf, which changes if any single byte of the leaf changes."""
-  sums = jax.block_until_ready(_byte_sums(tree))  # before another program communicates
+  sums = jax.block_until_ready(_byte_sums(state))  # before another program communicates
   return [int(number) for number in jax.device_get(sums)]
 
 
 @jax.jit
-def _byte_sums(tree: Any) -> jax.Array:
+def _byte_sums(state: MetaState) -> jax.Array:
   def of_leaf(leaf: jax.Array) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
     leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-    leaf = jnp.stack([leaf.real, leaf.imag]) if jnp.iscomplexobj(leaf) else leaf
     content = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
     place, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(content.ndim)):
@@ -333,4 +330,4 @@ def _byte_sums(tree: Any) -> jax.Array:
     # Odd factors: a change of one byte can not vanish modulo 2^32.
     return jnp.sum(content * (2 * place + 1), dtype=jnp.uint32)
 
-  return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(tree)])
+  return jnp.stack([of_leaf(leaf) for leaf in jax.tree.leaves(state)])

@@ -226,7 +226,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
 
   with checkpoints(tmp_path / "run") as saved:
     with monkeypatch.context() as patched:
-      patched.setattr(metajax.checkpoint, "checksums", too_many)
+      patched.setattr(metajax.checkpoint, "_checksums", too_many)
       with pytest.raises(OSError, match=r"checkpoint 3 of .* cannot be read now .*try again"):
         saved.restore(START)
     saved.save(states[3])
