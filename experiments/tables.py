@@ -138,13 +138,8 @@ def _chosen() -> Iterator[tuple[str, str, str, folders.Line]]:
 
 def longest(recipe: str) -> folders.Line | None:
   """The result of a recipe's run with the most meta-steps, or None if there is none."""
-  path = longest_run(recipe)
-  return None if path is None else folders.finished(path)
-
-
-def longest_run(recipe: str) -> Path | None:
-  """The folder of a recipe's run with the most meta-steps, or None if there is none."""
-  return next(reversed(_by_length(recipe)), None)
+  paths = _by_length(recipe)
+  return folders.finished(paths[-1]) if paths else None
 
 
 def _by_length(recipe: str) -> list[Path]:
