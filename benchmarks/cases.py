@@ -167,7 +167,7 @@ def meta_gradient(case: Case, model: metajax.Model) -> metajax.MetaGradient:
 
 
 def inner_optimizer(case: Case) -> str:
-  """The inner optimizer that a case has, whatever it names."""
+  """The inner optimizer of a case: SGD for MAML, else the one that it names."""
   return "sgd" if case.algorithm.startswith("maml") else case.optimizer
 
 

@@ -253,9 +253,8 @@ def predict_tasks(run: Run, report: Report) -> list[Predicted]:
     return task, predict(params, task).argmax(axis=-1)
 
   found = []
-  key = jax.random.fold_in(
-    jax.random.key(recipe.seed_of_data), 0x7265706F
-  )  # no other key of the run
+  # No other key of the run.
+  key = jax.random.fold_in(jax.random.key(recipe.seed_of_data), 0x7265706F)
   for number in range(report.tasks):
     task, predictions = jax.device_get(one(jax.random.fold_in(key, number)))
     classes = [str(splits.test.names[number]) for number in task.classes]

@@ -60,7 +60,7 @@ def _check(setting: Field, hint: Any, value: Any) -> None:
       raise ValueError(f"{given} must be {what} separated by commas")
     if "among" in limits and (set(value) - set(limits["among"]) or len(set(value)) < len(value)):
       among = ", ".join(limits["among"])
-      raise ValueError(f"--{setting.name} must be any of {among}, separated by commas, each once")
+      raise ValueError(f"{given} must be any of {among}, separated by commas, each once")
     numbers = value
   else:
     if not _is(kind, value):

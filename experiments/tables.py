@@ -257,11 +257,11 @@ def extrapolated(
   noise = np.array([found["interval95"] / 1.96 for _, found in points])
   noise = np.maximum(noise, np.median(noise))  # points with no error at all are not without noise
   rng = np.random.default_rng(0)
-  drawn = rng.normal(size=(1_001, len(points)))
-  drawn[0] = 0  # the first curve is that of the points
+  drawn, shift = rng.normal(size=(1_001, len(points))), rng.normal(size=(1_001, 1))
+  drawn[0] = shift[0] = 0  # the first curve is that of the points
   curves = errors + noise * drawn
-  ends_at = 1 - at_end["accuracy"] + at_end["interval95"] / 1.96 * rng.normal(size=(1_001, 1))
-  curves = np.maximum(curves - curves[:, -1:] + ends_at, 0)
+  last = 1 - at_end["accuracy"] + at_end["interval95"] / 1.96 * shift
+  curves = np.maximum(curves - curves[:, -1:] + last, 0)
   best, ends = np.full(len(curves), np.inf), np.zeros(len(curves))
   for c in np.linspace(0.1, 2.0, 39):
     power = steps**-c

@@ -50,7 +50,7 @@ def is_optimizer(optimizer: Any) -> None:
 def with_extra_args(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns the same optimizer, which may be given more than the gradient, and takes what it knows.
+  """Returns the same optimizer, to which all may be offered; it is given the arguments that it has.
 
   Of `optax.MultiSteps`, which passes such arguments on, optax's own function would drop them.
   """

@@ -26,7 +26,7 @@ from metajax.devices import task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
-from metajax.types import MakeEpisode, PRNGKey, SampleTask
+from metajax.types import MakeEpisode, Params, PRNGKey, SampleTask
 
 
 class StoppedError(RuntimeError):
@@ -214,14 +214,19 @@ def train(
     if found is not None and found.rated:  # its report was made
       sums = Sums()
 
+    begun, before = step, jax.device_get(state.params)
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
     if found is not None and not bar.disable:
       rest = ", the last one: nothing is left to train" if step == num_steps else ""
       bar.write(f"going on from meta-step {step} of {folder}{rest}")
     while True:
       if sums.meta_steps and (step == num_steps or step % report_every == 0):
-        before, record = record, recorded()
-        _warn_if_nothing_is_learned(before, record)
+        record = recorded()
+        if record.skipped == 1:
+          _warn_of_skipped_tasks(step - sums.meta_steps + 1, step)
+        elif before is not None and step > begun + 1:  # a rate may begin at 0
+          _warn_if_equal(before, record, begun)
+          before = None
         with _paused(bar):
           keep()
           score = reported(record)
@@ -262,20 +267,22 @@ def train(
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
 
 
-def _warn_if_nothing_is_learned(before: Record, now: Record) -> None:
-  """Says so if all tasks between two reports were skipped, or no parameter has changed."""
-  if now.skipped == 1:
+def _warn_of_skipped_tasks(first: int, last: int) -> None:
+  warnings.warn(
+    f"all tasks of meta-steps {first} to {last} were skipped, because their gradients are not "
+    "finite: nothing was learned. Lower the inner rate",
+    stacklevel=3,
+  )
+
+
+def _warn_if_equal(before: Params, record: Record, begun: int) -> None:
+  """Says so if no parameter has changed since meta-step `begun`, when they were as `before`."""
+  same = jax.tree.leaves(jax.tree.map(np.array_equal, before, record.state.params))
+  if same and all(same):
     warnings.warn(
-      f"all tasks of meta-steps {before.step + 1} to {now.step} were skipped, because their "
-      "gradients are not finite: nothing was learned. Lower the inner rate",
-      stacklevel=3,
-    )
-    return
-  same = jax.tree.map(np.array_equal, before.state.params, now.state.params)
-  if now.step > before.step + 1 and all(jax.tree.leaves(same)):  # a rate may begin at 0
-    warnings.warn(
-      f"no parameter has changed from meta-step {before.step} to {now.step}: see that the loss "
-      "uses its first argument, the parameters, and that the outer rate is not 0",
+      f"no parameter has changed from meta-step {begun} to {record.step}: see that the loss uses "
+      "its first argument, the parameters, and that the outer optimizer has taken a step, with a "
+      "rate that is not 0",
       stacklevel=3,
     )
 
@@ -303,9 +310,16 @@ def _fingerprint(
   program = jax.make_jaxpr(one_step)(*jax.tree.map(without_sharding, (state, key)))
   text = re.sub("0x[0-9a-f]+", "", str(program))  # without addresses in memory
   platform = mesh.devices.flat[0].platform
-  held = zlib.crc32(text.encode()), metadata.version("metajax"), jax.__version__, platform
-  here = [leaf for leaf in program.consts if getattr(leaf, "is_fully_addressable", True)]
-  return [*held, mesh.size], [_checksum(leaf) for leaf in here]
+  identity = [zlib.crc32(text.encode()), metadata.version("metajax"), jax.__version__, platform]
+  readable = [leaf for leaf in program.consts if _is_readable(leaf)]
+  return [*identity, mesh.size], [_checksum(leaf) for leaf in readable]
+
+
+def _is_readable(leaf: Any) -> bool:
+  """Whether this process holds all numbers of an array."""
+  if not isinstance(leaf, jax.Array):
+    return True
+  return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _checksum(leaf: Any) -> int:
@@ -340,17 +354,17 @@ def _check_goes_on(
   before, now = found.extra.get("meta_step", extra["meta_step"]), extra["meta_step"]
   if before[1:] != now[1:]:  # other versions or devices, for which the same is computed otherwise
     return
-  if found.extra.get("constants", extra["constants"]) != extra["constants"]:
+  if before[0] != now[0]:
+    warnings.warn(
+      f"a meta-step computes something else than when {folder} was trained: the algorithm, an "
+      "optimizer, the loss, a sampler, the data, or only how they are computed has changed. Unless "
+      "you mean it, give another folder",
+      stacklevel=3,
+    )
+  elif found.extra.get("constants", extra["constants"]) != extra["constants"]:
     warnings.warn(
       f"the data is not what {folder} was trained on, or another array that a meta-step uses has "
       "changed, such as a rate or weights. Unless you mean it, give another folder",
-      stacklevel=3,
-    )
-  elif before[0] != now[0]:
-    warnings.warn(
-      f"a meta-step computes something else than when {folder} was trained: the algorithm, an "
-      "optimizer, the loss, a sampler, or only how they are computed has changed. Unless you mean "
-      "it, give another folder",
       stacklevel=3,
     )
 

@@ -450,9 +450,9 @@ def prototypical(embed: Apply, ways: int) -> MetaGradient:
   """Prototypical networks (Snell et al. 2017), metric learning as a yardstick for the family.
 
   There is no inner loop: the gradient is that of the mean cross-entropy of the tail, by
-  `nearest_prototype` with the whole pool as training examples, whatever the schedule; so the tail
-  must be separate from it. Evaluate it with `nearest_prototype` too; its `adapt` returns the
-  parameters as they are.
+  `nearest_prototype` with the whole pool as training examples, whatever the schedule. So the tail
+  must be separate from the pool, and of classes that have examples there: else the loss is not
+  finite. Evaluate it with `nearest_prototype` too; its `adapt` returns the parameters as they are.
 
   Args:
     embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`.

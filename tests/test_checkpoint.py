@@ -215,7 +215,7 @@ PASSING = [  # as the system raises them, and as TensorStore says the same
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=str)
+@pytest.mark.parametrize("error", PASSING, ids=["system", "open", "read", "memory"])
 def test_what_cannot_be_read_now_is_not_called_damaged(
   tmp_path, of_three, states, monkeypatch, error
 ):

@@ -169,9 +169,9 @@ def test_sine_waves():
   )
   amplitudes, phases = np.hypot(*waves), np.arctan2(waves[1], waves[0]) % (2 * np.pi)
   uniform = lambda values, low, high: scipy.stats.kstest(values, "uniform", (low, high - low))
-  assert uniform(amplitudes, 0.1, 5.0).pvalue > 0.01
-  assert uniform(phases, 0, 2 * np.pi).pvalue > 0.01
-  assert uniform(np.ravel(tasks.train.inputs), -5, 5).pvalue > 0.01
+  assert uniform(amplitudes, 0.1, 5.0).pvalue > 1e-4
+  assert uniform(phases, 0, 2 * np.pi).pvalue > 1e-4
+  assert uniform(np.ravel(tasks.train.inputs), -5, 5).pvalue > 1e-4
   assert abs(np.corrcoef(amplitudes, phases)[0, 1]) < 0.15
 
 

@@ -109,7 +109,9 @@ def test_a_network_of_ones_own_must_compute_what_it_did(tmp_path, inputs):
 
   path = tmp_path / "own.safetensors"
   saved(path, network(jnp.tanh), example_inputs=inputs)
-  metajax.load(path, model=network(lambda x: jnp.tanh(x)))
+  rounded = lambda x: jnp.tanh(x.astype(jnp.bfloat16)).astype(jnp.float32)
+  for same in (lambda x: jnp.tanh(x), rounded):
+    metajax.load(path, model=network(same))
   for other in (jax.nn.relu, lambda x: jnp.tanh(2 * x)):
     with pytest.raises(ValueError, match=r"has other outputs than when .* to its activations and"):
       metajax.load(path, model=network(other))

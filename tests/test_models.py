@@ -324,6 +324,8 @@ def test_an_equinox_module_may_keep_a_function_of_its_own():
   np.testing.assert_allclose(
     model.apply(model.init(KEY), inputs), jax.vmap(Network(KEY))(inputs), rtol=1e-6
   )
+  with pytest.raises(ValueError, match="not the parameters of this module: give those that init"):
+    model.apply({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}, inputs)
 
 
 def test_equinox_modules_with_integers_are_refused():

@@ -90,7 +90,7 @@ def test_a_tracker_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
 
 
 def test_trackers_that_are_not_here_are_refused_beforehand(tmp_path, glyphs, monkeypatch):
-  with pytest.raises(ValueError, match="--track must be any of tensorboard, wandb, separated by"):
+  with pytest.raises(ValueError, match="--track=visdom must be any of tensorboard, wandb, sep"):
     tiny(track=("visdom",))
   monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
   recipe, out = tiny(track=("wandb",)), tmp_path / "run"

@@ -279,6 +279,10 @@ def test_other_data_or_numbers_in_a_folder_are_warned_of(tmp_path, monkeypatch):
   train(learners[0], starts[0], folder=tmp_path, num_steps=2)  # without a warning
   with pytest.warns(UserWarning, match=f"the data is not what {tmp_path} was trained on, or"):
     train(learners[1], starts[1], folder=tmp_path, num_steps=2)
+  plain = metajax.reptile(problems.softmax_loss(), optax.sgd(0.1))  # has no array of weights
+  plain = metajax.meta_learner(plain, optax.sgd(0.5), metajax.vmapped(2))
+  with pytest.warns(UserWarning, match="a meta-step computes something else than when"):
+    train(plain, starts[0], folder=tmp_path, num_steps=2)
   inputs = POOL.inputs.at[7, 1].add(1e-3)
   monkeypatch.setattr(f"{__name__}.POOL", POOL._replace(inputs=inputs))
   with pytest.warns(UserWarning, match=f"the data is not what {tmp_path} was trained on, or"):
@@ -293,6 +297,22 @@ def test_a_loss_that_does_not_use_its_parameters_is_warned_of():
   )
   with pytest.warns(UserWarning, match="no parameter has changed from meta-step 0 to 3: see"):
     train(learner, learner.init(problems.weights()), num_steps=3)
+
+
+def test_a_report_may_give_the_memory_of_its_state_away():
+  give_away = lambda record: jax.tree.map(lambda leaf: leaf.delete(), record.state) and None
+  assert train(report=give_away).step == 7
+
+
+def test_all_tasks_that_were_skipped_are_counted_across_a_restart(tmp_path):
+  bad = lambda params, batch: problems.softmax_loss()(params, batch) * jnp.nan
+  gradient = metajax.skip_nonfinite(metajax.reptile(bad, optax.sgd(0.1)))
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
+  start, asked = learner.init(problems.weights()), iter([False, False, True])
+  with pytest.raises(training.StoppedError):
+    train(learner, start, folder=tmp_path, should_stop=lambda: next(asked))
+  with pytest.warns(UserWarning, match="all tasks of meta-steps 1 to 3 were skipped"):
+    train(learner, start, folder=tmp_path, num_steps=3)
 
 
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path):

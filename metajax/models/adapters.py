@@ -8,7 +8,7 @@ import jax
 from flax import errors
 from flax import linen as nn
 
-from metajax.types import Apply, Params, PRNGKey
+from metajax.types import Apply, Params, PRNGKey, leaf_name
 
 _NO_DROPOUT = (
   "a model draws no random numbers, and this one has dropout: make it deterministic here, for "
@@ -161,13 +161,18 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
   def structure() -> tuple[Any, Any]:
     """The module without numbers; it is made once, not at every call of `apply`."""
     shapes = eqx.filter_eval_shape(make, jax.random.key(0))
-    params, rest = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    return jax.tree.structure(params), rest
+    return eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
   def apply(params: Params, inputs: Any) -> Any:
     like, rest = structure()
+    names, expected = (
+      [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+      for tree in (params, like)
+    )
+    if names != expected:
+      raise ValueError("these are not the parameters of this module: give those that init returned")
     # Functions that the module keeps are other objects each time it is made.
-    params = jax.tree.unflatten(like, jax.tree.leaves(params))
+    params = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(params))
     try:
       return jax.vmap(eqx.combine(params, rest), axis_name="batch")(inputs)
     except RuntimeError as error:
