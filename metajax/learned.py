@@ -363,15 +363,15 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
   content: Any = header.get("recipe") if isinstance(header, dict) else None
   fields = set(content) if isinstance(content, dict) else None
-  if fields != set(Recipe._fields) or header.get("format") != _FORMAT or "crc32" not in header:
+  sums = {"crc32", "recipe_crc32"}
+  if fields != set(Recipe._fields) or header.get("format") != _FORMAT or not sums <= set(header):
     raise ValueError(
       f"{path} is no learner file of format {_FORMAT}: write it with metajax.save, or read it with "
       "the version of metajax that wrote it"
     )
   if header["crc32"] != _checksum(arrays):
     raise ValueError(f"{path} is damaged: its numbers are not those that were saved")
-  checksum = _recipe_checksum(content)
-  if header.get("recipe_crc32", checksum) != checksum:  # early files do not have it
+  if header["recipe_crc32"] != _recipe_checksum(content):
     raise ValueError(f"{path} is damaged: its recipe is not the one that was saved")
   recipe = Recipe(**content)
   if model is None:
