@@ -6,6 +6,7 @@ A table stands between two comments of a page, `<!-- table: NAME -->` and `<!-- 
 replaced there.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,6 @@ def few_shot() -> Iterator[str]:
   yield (
     "| recipe | cell | ours | tasks | the paper | ours - paper | meta-steps | minutes | machine |"
   )
-  yield "|---|---|---|---|---|---|---|---|---|"
   for recipe, of_paper in PAPER.items():
     result = longest(recipe) or {"cells": {}, "meta_steps": 0}
     about = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} |"
@@ -107,7 +107,6 @@ def _of_paper(cell: tuple[float, float]) -> str:
 def highlights() -> Iterator[str]:
   """A few of the cells, transductive, beside the paper's."""
   yield "| experiment | ours | the paper |"
-  yield "|---|---|---|"
   for recipe, cell, title, result in _chosen():
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
     ours, paper = _percent(result["cells"][cell]), _of_paper(PAPER[recipe][cell])
@@ -117,7 +116,6 @@ def highlights() -> Iterator[str]:
 def transduction() -> Iterator[str]:
   """The same cells without and with transduction."""
   yield "| run | inductive | transductive |"
-  yield "|---|---|---|"
   for _, cell, title, result in _chosen():
     both = cell.replace("transductive", "inductive"), cell
     cells = " | ".join(f"{_percent(result['cells'][one])} %" for one in both)
@@ -158,7 +156,6 @@ def extrapolations() -> Iterator[str]:
     "| recipe | cell | measured (after meta-steps) | full length, extrapolated | "
     "full length, measured | the paper | hours at that pace |"
   )
-  yield "|---" * 7 + "|"
   for recipe, of_paper in PAPER.items():
     length = PRESETS[recipe].meta_steps
     results = [(path, folders.finished(path)) for path in _by_length(recipe)]
@@ -187,7 +184,6 @@ def lengths() -> Iterator[str]:
   paper's network, as the benchmarks measured it, gives the rate of two CPU cores.
   """
   yield "| recipe | meta-steps | 10^15 operations | hours on two cores |"
-  yield "|---" * 4 + "|"
   rates = {
     row["model"]: row["flops_per_second"]
     for name in ("reptile", "mini_imagenet")
@@ -287,7 +283,6 @@ def of_family() -> Iterator[str]:
     + " | ".join(f"{step} {'step' if step == 1 else 'steps'}" for step in steps[1:])
     + " | ms a meta-step |"
   )
-  yield "|---" * (4 + len(steps)) + "|"
   accuracy = lambda row: row["cells"][ONE]["accuracy"]
   for name, row in sorted(result["methods"].items(), key=lambda one: -accuracy(one[1])):
     cells = [row["cells"][cell] for cell in ("1-shot inductive", ONE)]
@@ -308,7 +303,6 @@ def sine() -> Iterator[str]:
   shown = (0, 1, 5, 10, 32)
   names = {"random": "random", "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML"}
   yield "| initialization | n = " + " | ".join(map(str, shown)) + " |"
-  yield "|---" * (1 + len(shown)) + "|"
   for name, row in folders.finished(RESULTS / "sine")["methods"].items():
     columns = zip(row["loss"], row["interval95"], row["deviation_between_seeds"], strict=True)
     cells = [f"{loss:.3f} +- {interval:.3f} ({apart:.3f})" for loss, interval, apart in columns]
@@ -327,7 +321,6 @@ def expansions() -> Iterator[str]:
       ]
     )
   yield "| | MAML, a | b / alpha | FOMAML, a | b / alpha | Reptile, a | b / alpha |"
-  yield "|---" * 7 + "|"
   for k, cells in rows.items():
     yield f"| k = {k} | {' | '.join(cells)} |"
 
@@ -343,7 +336,6 @@ def of_combinations() -> Iterator[str]:
     for cell in ("inductive", "transductive")
   ]
   yield f"| | {' | '.join(columns)} |"
-  yield "|---" * 5 + "|"
   for name, (label, _) in combinations.CURVES.items():
     folders_of_seeds = [RESULTS / one / name for one in ("combinations", "combinations_10000")]
     cells = [_over_seeds(folder, cell) for folder in folders_of_seeds for cell in _BOTH]
@@ -360,7 +352,6 @@ def differences() -> Iterator[str]:
     "g2 - (g1 + g2)": ("last2", "sum2"),
   }
   yield "| after 40,000 steps | inductive | transductive |"
-  yield "|---|---|---|"
   for label, names in pairs.items():
     shown = [_difference(RESULTS / "combinations", *names, cell) for cell in _BOTH]
     yield f"| {label} | {' | '.join(shown)} |"
@@ -377,7 +368,6 @@ TWO_STEPS = {
 def two_steps() -> Iterator[str]:
   """Two-step first-order MAML and Reptile on the same test tasks, and their difference by seed."""
   yield "| runs | g2 | g1 + g2 | g2 - (g1 + g2) | g2 - (g1 + g2), inductive |"
-  yield "|---" * 5 + "|"
   for label, folder in TWO_STEPS.items():
     pair = [_by_seed(RESULTS / folder / name, FIVE) for name in ("last2", "sum2")]
     shown = [f"{np.mean(list(by_seed.values())):.2f}" for by_seed in pair]
@@ -417,10 +407,10 @@ INVERSION = {
   ),
   "MAML, 5-way, 10,000": ("inversion/5way_maml_upright", "omniglot_1shot_5way_maml_10000"),
 }
-# Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and a meta-step at which both were judged.
+# Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and the meta-steps at which both were judged.
 ON_GPU = {
-  "5-way": ("omniglot_1shot_5way_maml_10000", "omniglot_1shot_5way_maml", 4_000),
-  "20-way": ("omniglot_1shot_20way_maml_500", "omniglot_1shot_20way_maml_5000", 500),
+  "5-way": ("omniglot_1shot_5way_maml_10000", "omniglot_1shot_5way_maml", (4_000, 8_000)),
+  "20-way": ("omniglot_1shot_20way_maml_500", "omniglot_1shot_20way_maml_5000", (500,)),
 }
 # Runs of Omniglot 5-way Reptile that show what 1-shot accuracy depends on.
 ONE_SHOT = {
@@ -434,7 +424,6 @@ def one_shot() -> Iterator[str]:
   """Reptile with one inner state for each task or one for all, and at two lengths."""
   cells = list(PAPER["omniglot_5way_reptile"])
   yield f"| run | tasks | {' | '.join(cells)} |"
-  yield "|---" * (2 + len(cells)) + "|"
   for label, folder in ONE_SHOT.items():
     found = folders.finished(RESULTS / folder)["cells"]
     tasks = found[cells[0]]["tasks"]
@@ -446,7 +435,6 @@ def one_shot() -> Iterator[str]:
 def inversion() -> Iterator[str]:
   """MAML and FOMAML with images as they are, and with inverted ones."""
   yield "| run, meta-steps | | images as they are | inverted images | difference |"
-  yield "|---" * 5 + "|"
   for label, pair in INVERSION.items():
     paths = [RESULTS / folder for folder in pair]
     before_and_since = [folders.finished(path)["cells"] for path in paths]
@@ -464,12 +452,13 @@ def inversion() -> Iterator[str]:
 def matrix_products() -> Iterator[str]:
   """Points of the learning curves of MAML in float32 on a CPU, and in TF32 on a GPU."""
   yield "| MAML, 1-shot | meta-steps | | CPU, float32 | GPU, TF32 |"
-  yield "|---" * 5 + "|"
-  for label, (*pair, step) in ON_GPU.items():
-    curves = [folders.read_lines(RESULTS / folder) for folder in pair]
-    at_step = [next(line["test"] for line in lines if line["step"] == step) for lines in curves]
-    for cell in ("1-shot inductive", ONE):
-      shown = [_percent(found[cell]) for found in at_step]
+  for label, (*pair, steps) in ON_GPU.items():
+    by_step = [
+      {line["step"]: line["test"] for line in folders.read_lines(RESULTS / folder)}
+      for folder in pair
+    ]
+    for step, cell in itertools.product(steps, ("1-shot inductive", ONE)):
+      shown = [_percent(curve[step][cell]) for curve in by_step]
       yield f"| {label} | {step:,} | {cell} | {' | '.join(shown)} |"
 
 
@@ -487,7 +476,6 @@ def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) 
   points = [p for p in folders.finished(RESULTS / "overlap")["points"] if p["panel"] == panel]
   places = sorted({point["x"] for point in points})
   yield f"| ({panel}) {head} | {' | '.join(map(name, places))} |"
-  yield "|---" * (1 + len(places)) + "|"
   curves: dict[str, dict[float, str]] = {}
   for point in points:
     accuracy = point["cells"]["5-shot transductive"]["accuracy"]
@@ -496,6 +484,7 @@ def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) 
     yield f"| {curve} | {' | '.join(cells[place] for place in places)} |"
 
 
+# The lines of each table: its head, and then its rows.
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "few_shot": few_shot,
   "highlights": highlights,
@@ -521,7 +510,13 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 
 def filled(text: str) -> str:
   """The text with its tables made anew."""
-  return _TABLE.sub(lambda found: found[1] + "\n".join(TABLES[found[2]]()) + "\n" + found[3], text)
+
+  def made(found: re.Match[str]) -> str:
+    head, *rows = TABLES[found[2]]()
+    lines = [head, "|---" * (head.count("|") - 1) + "|", *rows]
+    return found[1] + "\n".join(lines) + "\n" + found[3]
+
+  return _TABLE.sub(made, text)
 
 
 def main() -> None:
