@@ -407,7 +407,7 @@ INVERSION = {
   ),
   "MAML, 5-way, 10,000": ("inversion/5way_maml_upright", "omniglot_1shot_5way_maml_10000"),
 }
-# Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and the meta-steps at which both were judged.
+# Runs of MAML, Omniglot 1-shot, on a CPU and on a GPU, and meta-steps at which both were judged.
 ON_GPU = {
   "5-way": ("omniglot_1shot_5way_maml_10000", "omniglot_1shot_5way_maml", (4_000, 8_000)),
   "20-way": ("omniglot_1shot_20way_maml_500", "omniglot_1shot_20way_maml_5000", (500,)),
