@@ -141,7 +141,15 @@ def test_what_is_interrupted_in_a_report_was_saved_before(step, tmp_path):
   assert reports == [(step, True), *[(later, False) for later in (3, 6, 7) if later >= step]]
 
 
-def test_what_is_interrupted_by_the_keyboard_is_saved(tmp_path):
+@pytest.fixture
+def interruptible():
+  """A shell has processes in the background ignore SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_interrupted_by_the_keyboard_is_saved(tmp_path, interruptible):
   """In a program's main thread, as in a notebook."""
   pressed = []
 
