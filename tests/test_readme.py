@@ -11,7 +11,7 @@ from flax import linen as nn
 from PIL import Image
 
 import metajax
-from experiments import tables
+from experiments import folders, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # The same with fewer examples, smaller networks or fewer steps.
@@ -192,6 +192,18 @@ def test_a_curve_of_another_form_is_not_extrapolated():
     {"step": 500 * (number + 1), "test": {"x": cell(error)}} for number, error in enumerate(errors)
   ]
   assert tables.extrapolated(lines, "x", 60_000, cell(errors[-1])).misfit > 1.5
+
+
+def test_the_beginning_of_a_long_run_does_not_predict_its_end():
+  """The numbers of the text on Reptile's rows."""
+  lines = folders.read_lines(tables.RESULTS / "omniglot_5way_reptile")
+  begun = [line for line in lines if line["step"] <= 20_000]
+  text = (ROOT / "experiments" / "README.md").read_text().replace("\n", " ")
+  for cell in ("1-shot inductive", "1-shot transductive"):
+    found = tables.extrapolated(begun, cell, 100_000, begun[-1]["test"][cell])
+    assert f"{found.accuracy:.1f} ({found.low:.1f} to {found.high:.1f}) for " in text
+    measured = tables.longest("omniglot_5way_reptile")["cells"][cell]["accuracy"]
+    assert 100 * measured > found.high and f"{100 * measured:.1f} was" in text
 
 
 def test_the_paper_has_24_cells():
