@@ -3,9 +3,9 @@
   python -m benchmarks.loader --images=20000 --steps=20
 
 Reptile on the paper's Omniglot network, 5 tasks of 5 classes, k = 5 minibatches of 10. The images
-are random, in a memory-mapped file. `device` has them on the device; `host` fetches them in
-background threads, some meta-steps ahead; `host, not ahead` fetches those of a meta-step when it is
-due. The three run in turns, and the table shows the median.
+are random, in a memory-mapped file. `device` has them on the device; `host_tasks` fetches those of
+a task when it is drawn, and `host_episodes` in background threads, some meta-steps ahead. The three
+run in turns, and the table shows the median.
 """
 
 import sys
@@ -47,31 +47,30 @@ def ways_to_load(file: Path, steps: int, filters: int) -> dict[str, Callable[[],
     classes = metajax.programs.on_mesh(classes, metajax.task_mesh())
     return metajax.data.few_shot.sample_task(classes, ways=5, train_shots=10, test_shots=0)
 
-  on_device = metajax.run(learner, sampler(np.asarray(images)), make_episode, 1)
-  whole = metajax.programs.compiled(on_device, metajax.task_mesh(), start, key)
-  sample = learner.execution.sample(sampler(np.arange(len(images))), make_episode)
+  def whole(sample_task: metajax.types.SampleTask) -> Callable[[], None]:
+    one_step = metajax.run(learner, sample_task, make_episode, 1)
+    program = metajax.programs.compiled(one_step, metajax.task_mesh(), start, key)
 
-  def device() -> None:
-    state = start
-    for _ in range(steps):
-      state, _ = whole(state, key)
-    jax.block_until_ready(state)
-
-  def from_host(**options: int) -> Callable[[], None]:
-    episodes = metajax.data.host_episodes(sample, images.__getitem__, key, **options)
-
-    def host() -> None:
+    def steps_with_sampling() -> None:
       state = start
-      for batch in islice(episodes, steps):
-        state, _ = step(state, batch)
-        jax.block_until_ready(state)  # as a training loop that logs its loss does
+      for _ in range(steps):
+        state, _ = jax.block_until_ready(program(state, key))
 
-    return host
+    return steps_with_sampling
+
+  sample_rows = sampler(np.arange(len(images)))
+  sample = learner.execution.sample(sample_rows, make_episode)
+  episodes = metajax.data.host_episodes(sample, images.__getitem__, key)
+
+  def steps_on_episodes() -> None:
+    state = start
+    for batch in islice(episodes, steps):
+      state, _ = jax.block_until_ready(step(state, batch))
 
   return {
-    "device": device,
-    "host": from_host(),
-    "host, not ahead": from_host(threads=0, ahead=0),
+    "device": whole(sampler(np.asarray(images))),
+    "host_tasks": whole(metajax.data.host_tasks(sample_rows, images.__getitem__)),
+    "host_episodes": steps_on_episodes,
   }
 
 

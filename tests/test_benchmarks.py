@@ -61,7 +61,7 @@ def test_the_loader_is_compared_with_data_on_the_device():
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
-  assert [row[0].strip() for row in rows] == ["data", "device", "host", "host, not ahead"]
+  assert [row[0].strip() for row in rows] == ["data", "device", "host_tasks", "host_episodes"]
   assert all(float(rate) > 0 for row in rows[1:] for rate in row[1:])
 
 

@@ -9,6 +9,7 @@ import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -557,6 +558,55 @@ def test_episodes_from_the_host_are_those_of_the_device(execution, tmp_path):
   assert state.step == 5
   np.testing.assert_allclose(losses, infos.losses, rtol=1e-6)
   np.testing.assert_allclose(state.params, whole.params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("execution", [metajax.vmapped(3), metajax.sharded(3)], ids=["one", "many"])
+def test_tasks_from_the_host_train_and_judge_as_those_of_the_device_do(execution):
+  stored = np.random.default_rng(0).normal(size=(40, 5))  # float64, as NumPy makes it
+  labels, model = np.arange(40) % 8, metajax.models.mlp(5, 2)
+  sampler = lambda inputs: few_shot.sample_task(
+    metajax.data.from_arrays(inputs, labels), ways=2, train_shots=3, test_shots=2
+  )
+  calls = []
+
+  def fetch(rows):
+    calls.append(rows.shape)
+    return stored[rows]
+
+  on_device = sampler(stored)
+  on_host = metajax.data.host_tasks(sampler(np.arange(40)), fetch)
+  loss = metajax.losses.cross_entropy(model.apply, reduction="mean")
+  learner = metajax.meta_learner(metajax.fomaml(loss, optax.sgd(0.1)), optax.adam(0.01), execution)
+  make_episode = metajax.separate_tail(metajax.cycling(3, 4))
+  start = learner.init(model.init(KEY))
+  one, other = (
+    metajax.train(learner, sample, make_episode, start, KEY, num_steps=4, steps_per_call=2)
+    for sample in (on_device, on_host)
+  )
+  chex.assert_trees_all_equal(one.state.params, other.state.params)
+  assert one.losses == other.losses
+  assert max(np.prod(shape) for shape in calls) > 4  # those of several tasks in one call
+  evaluate = metajax.evaluate(learner, metajax.cycling(2, 6), metajax.transductive(model.apply))
+  one, other = (
+    metajax.judge(evaluate, sample, metajax.losses.accuracy)(start, KEY, 5)
+    for sample in (on_device, on_host)
+  )
+  np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_fetched_on_the_host_may_be_a_pytree_with_axes_of_its_own():
+  stored = {"image": np.arange(48, dtype=np.uint8).reshape(12, 2, 2), "on": np.arange(12) % 2 == 0}
+  rows = metajax.data.from_arrays(np.arange(12), np.arange(12) % 3)
+  sample_rows = few_shot.sample_task(rows, ways=3, train_shots=2, test_shots=1)
+  fetch = lambda rows: {name: leaf[rows] for name, leaf in stored.items()}
+  sample_task = metajax.data.host_tasks(sample_rows, fetch)
+  keys = jax.random.split(KEY, 4)
+  tasks, of_rows = jax.jit(jax.vmap(sample_task))(keys), jax.vmap(sample_rows)(keys)
+  chex.assert_trees_all_equal(tasks.train.inputs, fetch(np.asarray(of_rows.train.inputs)))
+  chex.assert_trees_all_equal(tasks.test.inputs, fetch(np.asarray(of_rows.test.inputs)))
+  chex.assert_trees_all_equal_dtypes(tasks.train.inputs, stored)
+  with pytest.raises(ValueError, match=r"for two rows it returns \(12,\)"):
+    metajax.data.host_tasks(sample_rows, lambda rows: stored["on"])
 
 
 # CIFAR-100, from an archive made here

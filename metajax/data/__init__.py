@@ -5,7 +5,7 @@ from metajax.data.cifar import cifar_fs, fc100
 from metajax.data.class_folders import NamedImages, from_folder, read_images
 from metajax.data.few_shot import Classes, Splits, from_arrays, split
 from metajax.data.files import DataError, cache_directory
-from metajax.data.host import host_episodes
+from metajax.data.host import host_episodes, host_tasks
 from metajax.data.hub import from_huggingface, from_tfds
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
   "from_tfds",
   "glyphs",
   "host_episodes",
+  "host_tasks",
   "mini_imagenet",
   "omniglot",
   "read_images",

@@ -1,4 +1,4 @@
-"""Episodes of data that does not fit into a device's memory: fetched in background threads."""
+"""Tasks of data that does not fit into a device's memory: their inputs are fetched on the host."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,19 +6,66 @@ from typing import Any
 import jax
 import numpy as np
 
-from metajax.types import Episode, Examples, PRNGKey, SampleEpisodes
+from metajax.types import Episode, Examples, PRNGKey, SampleEpisodes, SampleTask, Task
+
+Fetch = Callable[[np.ndarray], Any]  # int32 rows of any shape [...] -> inputs [..., *rest]
+
+
+def host_tasks(sample_task: SampleTask, fetch: Fetch) -> SampleTask:
+  """Draws the same tasks, but with inputs that are fetched on the host when a task is drawn.
+
+  The compiled program calls `fetch` and waits for it, so that the tasks serve wherever others do,
+  as in `metajax.train` and `judge`. If fetching takes long, see `host_episodes`.
+
+  Args:
+    sample_task: `key -> Task`, whose inputs are row numbers: `few_shot.sample_task` of classes
+      that `from_arrays(np.arange(m), labels)` makes.
+    fetch: `rows -> inputs`, a NumPy function from row numbers of any shape to the inputs, such as
+      `images.__getitem__` of a memory-mapped array. The same rows must always give the same
+      inputs, and it must not call JAX. If tasks are spread over devices, several threads call it.
+
+  Returns:
+    `key -> Task`, with inputs in JAX's dtypes (float32 for float64).
+
+  Raises:
+    ValueError: if what is fetched for two rows does not have a first axis of two. An error in a
+      later call ends the program, with a traceback that shows it.
+  """
+  first = jax.tree.map(np.asarray, fetch(np.zeros(2, np.int32)))
+  if any(np.shape(leaf)[:1] != (2,) for leaf in jax.tree.leaves(first)):
+    raise ValueError(
+      "fetch(rows) must return inputs [..., *rest] for rows [...], and for two rows it returns "
+      f"{', '.join(str(leaf.shape) for leaf in jax.tree.leaves(first))}"
+    )
+  dtypes = jax.tree.map(lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype), first)
+
+  def fetched(rows: np.ndarray) -> Any:
+    return jax.tree.map(np.asarray, fetch(np.asarray(rows)), dtypes)
+
+  def with_inputs(examples: Examples) -> Examples:
+    rows = examples.inputs
+    like = lambda leaf, dtype: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[1:]), dtype)
+    shapes = jax.tree.map(like, first, dtypes)
+    inputs = jax.pure_callback(fetched, shapes, rows, vmap_method="expand_dims")
+    return examples._replace(inputs=inputs)
+
+  def sample(key: PRNGKey) -> Task:
+    task = sample_task(key)
+    return task._replace(train=with_inputs(task.train), test=with_inputs(task.test))
+
+  return sample
 
 
 def host_episodes(
   sample_episodes: SampleEpisodes,
-  fetch: Callable[[np.ndarray], Any],
+  fetch: Fetch,
   key: PRNGKey,
   *,
   first: int = 0,
   threads: int = 4,
   ahead: int = 4,
 ) -> Iterator[Episode]:
-  """Yields the episodes of each meta-step, whose inputs are fetched on the host while others run.
+  """Yields the episodes of each meta-step, whose inputs are fetched while earlier ones run.
 
   The tasks are drawn as usual, but of row numbers: `few_shot.sample_task` of classes that
   `from_arrays(np.arange(m), labels)` makes. So the same key gives the same tasks as in
