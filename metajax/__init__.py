@@ -22,7 +22,8 @@ from metajax.evaluation import Mean, evaluate, inductive, judge, mean_and_interv
 from metajax.execution import Execution, serial, sharded, vmapped
 from metajax.gradients import Info, MetaGradient, combine, fomaml, maml, reptile, skip_nonfinite
 from metajax.inner import LearnerState, Step, carried, inner_step, inner_update
-from metajax.learned import Learned, Predictions, Recipe, load, save
+from metajax.learned import Learned, Predictions, load, save
+from metajax.learner_file import Recipe
 from metajax.meta import MetaLearner, MetaState, Sweep, meta_learner, run, sweep
 from metajax.models import Model
 from metajax.spread import map_tasks

@@ -1,15 +1,12 @@
 """A learner to ship: one file, from which it adapts to new tasks without any other setting."""
 
-import json
 import math
 import os
-import uuid
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 from numpy.typing import ArrayLike
 
 from metajax import checks, losses
@@ -28,6 +23,7 @@ from metajax.episodes import cycling
 from metajax.evaluation import inductive, transductive
 from metajax.gradients import reptile
 from metajax.inner import all_finite, begin_task, carried, initial_state
+from metajax.learner_file import Recipe, filled, named, read, write
 from metajax.meta import MetaLearner, MetaState, check_state
 from metajax.models import Model, from_spec
 from metajax.programs import without_sharding
@@ -38,12 +34,10 @@ from metajax.types import (
   Params,
   PRNGKey,
   Task,
-  leaf_name,
   num_examples,
 )
 from metajax.variants import only
 
-_FORMAT = 1  # the version of the file format
 _AT_ONCE = 32  # test examples in one call of the compiled inductive prediction
 _LOSSES = {"cross_entropy": losses.cross_entropy, "squared_error": losses.squared_error}
 _OPTIMIZERS = (
@@ -53,37 +47,6 @@ _OPTIMIZERS = (
 _MADE_UP = "outputs"  # the array of a file that holds those for made-up inputs
 _MAKE_MODEL = "make one, as models.from_linen(module, example_inputs)"
 Protocol = Literal["inductive", "transductive"]
-
-
-class Recipe(NamedTuple):
-  """How a learner adapts, and what is known about it; a learner file holds it as JSON.
-
-  Attributes:
-    inner_optimizer: a function of optax and its arguments, as `{"name": "sgd", "learning_rate":
-      0.1}`.
-    steps: the number of inner steps of an adaptation.
-    batch_size: the examples in the minibatch of a step.
-    loss: a function of `metajax.losses` and its reduction, as `{"name": "cross_entropy",
-      "reduction": "mean"}`.
-    frozen: inner steps do not move parameters whose names contain one of these strings.
-    network: the `Model.spec` of the network, or None for a network of the user's own.
-    carried: whether every task starts from the optimizer's trained state, as with
-      `metajax.carried`.
-    inputs: for each leaf of the inputs, by its name, the shape of an example and the dtype.
-    about: anything else that JSON can hold, such as class names, accuracy or data.
-    version: the version of metajax that wrote the file.
-  """
-
-  inner_optimizer: dict[str, Any]
-  steps: int
-  batch_size: int
-  loss: dict[str, Any]
-  frozen: Sequence[str]
-  network: dict[str, Any] | None
-  carried: bool
-  inputs: dict[str, Any]
-  about: dict[str, Any]
-  version: str
 
 
 class Predictions(NamedTuple):
@@ -186,28 +149,22 @@ def save(
     carried=type(inner_state) is not tuple or len(inner_state) > 0,
     inputs={
       name: {"shape": list(np.shape(leaf)[1:]), "dtype": str(leaf.dtype)}
-      for name, leaf in _named(example_inputs).items()
+      for name, leaf in named(example_inputs).items()
     },
     about=about or {},
     version=metadata.version("metajax"),
   )
-  try:
-    content = json.loads(json.dumps(recipe._asdict(), default=_number))
-  except TypeError as error:
-    raise ValueError(
-      f"a recipe must be numbers, strings, lists and dicts of them ({error})"
-    ) from error
   if not all_finite(params):
     raise ValueError("the parameters are not all finite, so there is nothing to ship: train again")
-  arrays = {**_named(params, "params"), **_named(inner_state, "inner")}
-  shapes = lambda tree: {name: np.shape(leaf) for name, leaf in _named(tree).items()}
+  arrays = {**named(params, "params"), **named(inner_state, "inner")}
+  shapes = lambda tree: {name: np.shape(leaf) for name, leaf in named(tree).items()}
   if shapes(params) != shapes(jax.eval_shape(model.init, jax.random.key(0))):
     raise ValueError(
       "the learner's parameters are not those of this model: give the model that it was trained "
       "with; a learner that also learns something else, such as Meta-SGD, cannot be saved"
     )
   for part in frozen:
-    if not any(part in name for name in _named(params)):
+    if not any(part in name for name in named(params)):
       raise ValueError(f"frozen names {part!r}, which is in the name of no parameter")
   model = model if model.spec is None else from_spec(model.spec)  # as `load` makes it
   _learned(recipe, model, params, inner_state)  # raises what does not fit
@@ -223,19 +180,7 @@ def save(
     with suppress(Exception):  # the user's own network may not take such inputs
       made_up = _of_made_up_inputs(recipe, model, params)
       arrays |= {} if made_up is None else {_MADE_UP: made_up}
-  checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
-  header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
-  if jax.process_index() > 0:
-    return
-  beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-  try:
-    beside.write_bytes(safetensors.numpy.save(arrays, metadata={"metajax": header}))
-    beside.replace(path)
-  except OSError as error:
-    raise OSError(f"{path} cannot be written ({error.strerror})") from error
-  finally:
-    with suppress(OSError):  # of a folder that is not there, say; the first error says more
-      beside.unlink()
+  write(path, recipe, arrays)
 
 
 def _check_adapts_as(
@@ -351,29 +296,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     ValueError: if there is no such file, it is damaged, its numbers do not fit the network, or the
       network computes something else than the one that was saved.
   """
-  path = _found(path)
-  try:
-    with safetensors.safe_open(path, framework="flax") as file:
-      header = json.loads((file.metadata() or {}).get("metajax", "{}"))
-      kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-      if kinds & {"F64", "I64", "U64"} and jax.dtypes.canonicalize_dtype(float) != np.float64:
-        raise ValueError(f"{path} has numbers of 64 bits: set jax_enable_x64 before reading it")
-      arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-  except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-    raise ValueError(f"{path} is no learner file, or it is damaged ({error})") from error
-  content: Any = header.get("recipe") if isinstance(header, dict) else None
-  fields = set(content) if isinstance(content, dict) else None
-  sums = {"crc32", "recipe_crc32"}
-  if fields != set(Recipe._fields) or header.get("format") != _FORMAT or not sums <= set(header):
-    raise ValueError(
-      f"{path} is no learner file of format {_FORMAT}: write it with metajax.save, or read it with "
-      "the version of metajax that wrote it"
-    )
-  if header["crc32"] != _checksum(arrays):
-    raise ValueError(f"{path} is damaged: its numbers are not those that were saved")
-  if header["recipe_crc32"] != _recipe_checksum(content):
-    raise ValueError(f"{path} is damaged: its recipe is not the one that was saved")
-  recipe = Recipe(**content)
+  path, recipe, arrays = read(path)
   if model is None:
     if recipe.network is None:
       raise ValueError(
@@ -382,7 +305,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     model = from_spec(recipe.network)
   checks.is_a(Model, "model", model, _MAKE_MODEL)
   like = jax.eval_shape(model.init, jax.random.key(0))
-  params = _filled(path, "params", like, arrays)
+  params = filled(path, "params", like, arrays)
   if _MADE_UP in arrays:
     now = _of_made_up_inputs(recipe, model, params)
     if now is None or now.shape != arrays[_MADE_UP].shape or _apart(now, arrays[_MADE_UP]) > 0.1:
@@ -391,7 +314,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
         "with the network that it was saved with, to its activations and the scale of its inputs"
       )
   like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)
-  inner_state = _filled(path, "inner", like, arrays)
+  inner_state = filled(path, "inner", like, arrays)
   return _learned(recipe, model, params, inner_state)
 
 
@@ -535,33 +458,10 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
   return carried(optimizer) if recipe.carried else optimizer
 
 
-def _named(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """The leaves of a tree by name, such as `params/Conv_0/kernel`."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {"/".join(filter(None, (prefix, leaf_name(path)))): leaf for path, leaf in leaves}
-
-
-def _filled(path: Path, prefix: str, like: Any, arrays: dict[str, np.ndarray]) -> Any:
-  """The tree `like` with the numbers of a file, in the dtypes that they have there."""
-  expected = _named(like, prefix)
-  found = {name: array for name, array in arrays.items() if name.split("/")[0] == prefix}
-  for name in {**expected, **found}:
-    shapes = [
-      str(np.shape(leaves[name])) if name in leaves else "missing" for leaves in (found, expected)
-    ]
-    if shapes[0] != shapes[1]:
-      raise ValueError(
-        f"{path} does not fit the network: {name} is {shapes[0]} in the file and {shapes[1]} in "
-        "the network: load it with the network that it was saved with"
-      )
-  leaves = [jnp.asarray(found[name]) for name in expected]
-  return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
 def _fitting(recipe: Recipe, inputs: Any) -> Any:
   """The inputs in the dtype of the network, if they are such as it was trained on."""
   inputs = _arrays(inputs)
-  given = _named(inputs)
+  given = named(inputs)
   if set(given) != set(recipe.inputs):
     raise ValueError(
       f"inputs must be {_of_inputs(recipe)}, not {', '.join(map(repr, given)) or 'nothing'}"
@@ -608,36 +508,3 @@ def _of_inputs(recipe: Recipe) -> str:
     for name, leaf in recipe.inputs.items()
   ]
   return ", ".join(parts)
-
-
-def _found(path: str | os.PathLike) -> Path:
-  """The file at this path, or the one that comes with metajax under this name."""
-  home = resources.files("metajax") / "learners"
-  shipped = sorted(Path(str(home)).glob("*.safetensors"))
-  given = Path(path).expanduser()
-  for file in shipped:
-    if str(path) == file.stem and not given.is_file():
-      return file
-  if not given.is_file():
-    names = ", ".join(file.stem for file in shipped)
-    raise ValueError(f"{path} is neither a file nor the name of a learner of metajax ({names})")
-  return given
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-  checksum = 0
-  for name in sorted(arrays):
-    array = np.ascontiguousarray(arrays[name])
-    checksum = zlib.crc32(array.view(np.uint8).data, zlib.crc32(name.encode(), checksum))
-  return checksum
-
-
-def _recipe_checksum(content: dict[str, Any]) -> int:
-  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _number(value: Any) -> Any:
-  """NumPy's numbers as Python's, for JSON."""
-  if isinstance(value, np.generic | np.ndarray | jax.Array):
-    return value.tolist()
-  raise TypeError(f"{type(value).__name__} is none of them")

@@ -323,8 +323,8 @@ def test_a_file_that_asks_for_other_code_is_refused(trained, tmp_path):
   def asking_for(**changes):
     path.write_bytes(trained[0].read_bytes())
     rewritten(path, lambda header: header["recipe"].update(changes))
-    of_recipe = lambda header: {"recipe_crc32": metajax.learned._recipe_checksum(header["recipe"])}
-    rewritten(path, lambda header: header.update(of_recipe(header)))  # as if it were of this recipe
+    checksum = metajax.learner_file._recipe_checksum  # as if it were of this recipe
+    rewritten(path, lambda header: header.update(recipe_crc32=checksum(header["recipe"])))
     return path
 
   with pytest.raises(ValueError, match="inner_optimizer must be one of adabelief"):
