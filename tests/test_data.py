@@ -6,6 +6,7 @@ import os
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -757,6 +758,26 @@ def test_a_size_is_one_number_or_two(size):
 def test_a_mode_is_checked_before_a_hub_is_asked():
   with pytest.raises(ValueError, match="mode must be 'L' or 'RGB'"):
     metajax.data.from_tfds("no_such_data", size=4, mode="rgb")
+
+
+def test_a_name_that_tfds_does_not_know_is_one_line():
+  pytest.importorskip("tensorflow_datasets")
+  with pytest.raises(DataError, match=r"no data set 'cifer100': did you mean cifar100 or [^\n]*$"):
+    metajax.data.from_tfds("cifer100", size=4)
+  with pytest.raises(DataError, match=r"no data set 'xyzzy': see tfds.list_builders\(\)$"):
+    metajax.data.from_tfds("xyzzy", size=4)
+
+
+def test_data_of_tfds_that_cannot_be_downloaded_is_one_line():
+  pytest.importorskip("tensorflow_datasets")
+  info = types.SimpleNamespace(features={"image": None, "label": None})
+
+  def refused():
+    raise ConnectionError("no route to host")
+
+  builder = types.SimpleNamespace(name="far", info=info, download_and_prepare=refused)
+  with pytest.raises(DataError, match="far cannot be downloaded or prepared: no route to host"):
+    metajax.data.from_tfds(builder, size=4)
 
 
 def test_images_of_a_hub_without_a_label_are_left_out():

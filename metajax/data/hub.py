@@ -1,5 +1,6 @@
 """Images from the data sets of TensorFlow Datasets and of Hugging Face, divided by class."""
 
+import difflib
 import hashlib
 import os
 import warnings
@@ -45,18 +46,27 @@ def from_tfds(
     Splits with inputs uint8 `[m, height, width, channels]`.
 
   Raises:
-    DataError: if the data set has no images with labels.
+    DataError: if there is no such data set, it cannot be downloaded, or it has no images with
+      labels.
   """
   import tensorflow_datasets as tfds
 
   form = format_of(size, mode)
   builder = name
   if isinstance(name, str):
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    try:
+      builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:  # its message names all data sets that there are
+      close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False))
+      advice = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
+      raise DataError(f"TensorFlow Datasets has no data set {name!r}: {advice}") from None
   features = builder.info.features
   if not {"image", "label"} <= set(features):
     raise DataError(f"{builder.name} has features {', '.join(features)}, not image and label")
-  builder.download_and_prepare()
+  try:
+    builder.download_and_prepare()
+  except OSError as error:
+    raise DataError(f"{builder.name} cannot be downloaded or prepared: {error}") from error
   records = (record for part in builder.as_data_source().values() for record in part)
   pairs = ((record["image"], int(record["label"])) for record in records)
   names = getattr(features["label"], "names", None)
