@@ -124,9 +124,11 @@ def main(argv: list[str]) -> None:
     record(program, times, rate) | machine
     for program, times in zip(programs, seconds[: len(programs)], strict=True)
   ]
+  on_cpu = "cpu" in machine["device"]
+  rounded = "" if on_cpu else ", rounded as by default on this backend"
   print(
     f"{', '.join(f'{name} {value}' for name, value in machine.items())}; "
-    f"matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32)\n"
+    f"matrix multiplication {rate / 1e9:.0f} GFLOP/s (float32{rounded})\n"
   )
   print(markdown(records, baseline))
   if FLAGS.out:  # after printing, so that a failure to write loses no results

@@ -14,7 +14,6 @@ from typing import Any, Literal, NoReturn
 
 import jax
 from absl import flags, logging
-from jax.experimental import multihost_utils
 
 import metajax
 from experiments import folders, jobs
@@ -297,8 +296,7 @@ def _prepared(
   aside = None
   if run.fresh and folders.writes() and path.exists():
     aside = folders.set_aside(path)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("earlier run put aside")
+  metajax.devices.wait_for_all("earlier run put aside")
   try:
     action = program(run)
   except BaseException:

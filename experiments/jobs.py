@@ -10,8 +10,6 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 import metajax
@@ -115,18 +113,8 @@ def stop() -> None:
 
 
 def stopping() -> bool:
-  """Whether this run is to save and stop. Of several processes, all stop if one is asked to."""
-  asked = _ASKED.is_set() or _FAILED.is_set()
-  if jax.process_count() == 1:
-    return asked
-  by_device = jax.NamedSharding(metajax.task_mesh(), jax.P("tasks"))
-  each = jax.make_array_from_callback(
-    (jax.device_count(),), by_device, lambda index: np.array([asked])
-  )
-  return bool(jax.block_until_ready(_any(each)))
-
-
-_any = jax.jit(jnp.any)
+  """Whether this process is to save and stop."""
+  return _ASKED.is_set() or _FAILED.is_set()
 
 
 def side_by_side(jobs: Sequence[Callable[[jax.sharding.Mesh], T]]) -> list[T]:

@@ -157,7 +157,7 @@ def judge_of(experiment: Experiment, folder: RunFolder, prefix: str) -> Callable
         for first in range(0, num_tasks, TASKS_PER_CALL):
           part = done.get((shots, first))
           if part is None:
-            if jobs.stopping():
+            if metajax.devices.in_any_process(jobs.stopping()):
               raise jobs.StoppedError(
                 f"stopped at {shots} test task {first} of {folder.path}: the same command goes on "
                 "from there"
@@ -249,15 +249,15 @@ def _tracked(
   recipe: Recipe, experiment: Experiment, folder: RunFolder, key: jax.Array
 ) -> Iterator[Callable[[Line], None]]:
   """Yields a function that sends a line to the recipe's trackers, and the first one with images."""
-  names = (recipe.track or ()) if folders.writes() else ()
-  settings = values_of(recipe, Training, Judging)
-  opened = [trackers.opened(name, folder.path, settings) for name in names]
+  names, settings = recipe.track or (), values_of(recipe, Training, Judging)
+  opened = [trackers.opened(name, folder.path, settings) for name in names if folders.writes()]
 
   def track(line: Line) -> None:
-    for tracker in opened:
-      if line["step"] == 0:
-        images = np.asarray(experiment.sample_task(key).train.inputs)
+    if names and line["step"] == 0:  # drawn in all processes, since the data may be on all devices
+      images = np.asarray(experiment.sample_task(key).train.inputs)
+      for tracker in opened:
         tracker.images(0, "a training task", images)
+    for tracker in opened:
       tracker.numbers(line["step"], trackers.numbers_of(line))
 
   try:
@@ -361,11 +361,12 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   step = int(found.state.step)
   ways = {name: value for name, value in values_of(recipe, Judging).items() if name != "eval_tasks"}
   path = folder.path / "judged" / f"step{step}"
-  try:
-    judged = RunFolder(path, ways)
-  except ValueError:
+  other = _is_of_others(path, ways)
+  metajax.devices.wait_for_all("all have looked at what was judged before")
+  if other and folders.writes():
     folders.set_aside(path)
-    judged = RunFolder(path, ways)
+  metajax.devices.wait_for_all("what was judged in another way is put aside")
+  judged = RunFolder(path, ways)
   judged.begin()
   with folders.alone(path):
     judge = judge_of(experiment, judged, f"meta-step {step}: ")
@@ -379,6 +380,15 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
     build.ship(recipe, experiment, found.state, path / LEARNER, {"accuracy": result["cells"]})
     judged.finish(result)
   return result
+
+
+def _is_of_others(path: Path, settings: dict[str, Any]) -> bool:
+  """Whether a folder is of a run with other settings."""
+  try:
+    RunFolder(path, settings)
+  except ValueError:
+    return True
+  return False
 
 
 def of_each_seed(label: str, recipe: Recipe, out: Path, seeds: int) -> list[Job]:

@@ -24,6 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from metajax import checks
+from metajax.devices import wait_for_all
 from metajax.meta import MetaState
 from metajax.programs import copied
 
@@ -163,6 +164,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       _write_scores(folder, rated)
     except OSError as error:
       raise _unwritten(folder, error) from error
+    finally:
+      wait_for_all(f"score of {step} written")  # whoever opens the folder next must find it
 
   def load(step: int, like: MetaState) -> Saved:
     found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metajax.programs import without_sharding
+from metajax.programs import with_constants, without_sharding
 from metajax.types import Examples, LossFn, Params, PRNGKey, Task, leaf_name, num_examples
 
 _OTHER_KEYS = ("rng", "rngs", "rng_key", "prng_key")  # what a key is also called
@@ -372,7 +372,7 @@ def _traced_as_ones(program: jax.extend.core.ClosedJaxpr) -> Callable[..., list[
     jnp.ones(jnp.shape(const), const.dtype) if isinstance(const, jax.core.Tracer) else const
     for const in program.consts
   ]
-  return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(program.jaxpr, known))
+  return with_constants(program, known)
 
 
 def twice_differentiable(optimizer: optax.GradientTransformation, params: Params) -> None:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -55,3 +58,23 @@ def cores_as_devices(count: int | None = None) -> None:
   affinity = getattr(os, "sched_getaffinity", None)  # not on every system
   cores = len(affinity(0)) if affinity else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", cores if count is None else count)
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until all processes that share the run have come here; `what` names the place."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def in_any_process(said: bool) -> bool:
+  """Whether one of the processes that share the run says so; all of them must ask together."""
+  if jax.process_count() == 1:
+    return said
+  by_device = jax.NamedSharding(task_mesh(), jax.P("tasks"))
+  each = jax.make_array_from_callback(
+    (jax.device_count(),), by_device, lambda index: np.array([said])
+  )
+  return bool(jax.block_until_ready(_any(each)))
+
+
+_any = jax.jit(jnp.any)

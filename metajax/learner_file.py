@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from metajax.devices import wait_for_all
 from metajax.types import leaf_name
 
 _FORMAT = 1  # the version of the file format
@@ -55,7 +56,7 @@ class Recipe(NamedTuple):
 def write(path: Path, recipe: Recipe, arrays: dict[str, Any]) -> None:
   """Writes the file, with a checksum of the numbers and one of the recipe.
 
-  If several processes share the run, the first one writes.
+  If several processes share the run, the first one writes, and the others wait for it.
 
   Raises:
     ValueError: if the recipe holds something else than numbers, strings, lists and dicts of them.
@@ -69,11 +70,18 @@ def write(path: Path, recipe: Recipe, arrays: dict[str, Any]) -> None:
     ) from error
   checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
   header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
-  if jax.process_index() > 0:
-    return
+  try:
+    if jax.process_index() == 0:
+      _replace(path, safetensors.numpy.save(arrays, metadata={"metajax": header}))
+  finally:
+    wait_for_all("learner file written")
+
+
+def _replace(path: Path, content: bytes) -> None:
+  """Writes a file that is there whole or not at all."""
   beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   try:
-    beside.write_bytes(safetensors.numpy.save(arrays, metadata={"metajax": header}))
+    beside.write_bytes(content)
     beside.replace(path)
   except OSError as error:
     raise OSError(f"{path} cannot be written ({error.strerror})") from error

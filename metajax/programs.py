@@ -42,11 +42,18 @@ def traced(function: Callable[..., T], *arguments: Any) -> tuple[Callable[..., T
   structure = jax.tree.structure(shapes)
 
   def call(constants: list[jax.Array], *arguments: Any) -> T:
-    closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
-    flat = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(arguments))
+    flat = with_constants(program, constants)(*jax.tree.leaves(arguments))
     return jax.tree.unflatten(structure, flat)
 
   return call, program.consts
+
+
+def with_constants(
+  program: jax.extend.core.ClosedJaxpr, constants: list[Any]
+) -> Callable[..., list[jax.Array]]:
+  """A traced program as a function of flat arguments, with other constants."""
+  closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
+  return jax.extend.core.jaxpr_as_fun(closed)
 
 
 def without_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,9 @@ Reptile as descent on the distance to the solutions of the tasks.
 For inner SGD with stepsize alpha on minibatches in random order, MAML, FOMAML and Reptile all have
 the expectation `a AvgGrad - b AvgGradInner + O(alpha^2)`. They differ in the coefficients a and b
 (Equations 37, 39 and 41).
+
+The terms that are left out are small, so compute on a CPU or in float64. The products of a GPU or
+TPU are rounded by default, which hides them.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from metajax import checks
-from metajax.devices import task_mesh
+from metajax.devices import in_any_process, task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
@@ -126,12 +126,15 @@ def train(
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
       It may return a score: the state with the highest score is kept, besides the newest ones.
-      It may raise `StoppedError` to end the run, and is given the record again on resuming.
+      It may raise `StoppedError` to end the run, and is given the record again on resuming. If
+      several processes share the run, `report` must do so in all of them or in none.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
-    mesh: where to train; by default the mesh of the execution, or JAX's default device.
-    should_stop: is asked before every compiled call whether to save and stop.
+    mesh: where to train; by default the mesh of the execution, or JAX's default device. (If several
+      processes share the run, it is all devices in place of the default one.)
+    should_stop: is asked before every compiled call whether to save and stop. Of several processes
+      that share the run, all stop if one of them is told to.
     progress: makes the progress bar, with the arguments `total`, `initial` and `unit` of `tqdm`.
 
   Returns:
@@ -149,7 +152,7 @@ def train(
   checks.at_least_one(num_steps=num_steps, report_every=report_every, steps_per_call=steps_per_call)
   check_state(state)
   checks.is_key(key)
-  mesh = mesh or learner.execution.mesh or task_mesh(list(jnp.zeros(()).devices()))
+  mesh = mesh or learner.execution.mesh or _default_mesh()
   state, key = on_mesh((state, key), mesh)
   state = copied(state)  # the caller's own stays as it is
   programs: dict[int, Callable[..., Any]] = {}  # by number of meta-steps
@@ -235,7 +238,7 @@ def train(
             saved.rate(step, score)
       if step == num_steps:
         return record
-      if should_stop():
+      if in_any_process(should_stop()):
         raise stopped()
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)
@@ -265,6 +268,11 @@ def train(
         raise KeyboardInterrupt
       new = Sums().add(infos)
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
+
+
+def _default_mesh() -> Mesh:
+  """JAX's default device; if several processes share the run, all devices, in each the same."""
+  return task_mesh(None if jax.process_count() > 1 else list(jnp.zeros(()).devices()))
 
 
 def _warn_of_skipped_tasks(first: int, last: int) -> None:
@@ -419,7 +427,8 @@ def _closing(saved: Any) -> Callable[..., None]:
   """An exit function that closes the checkpoints, but not if that would wait for a lost process."""
 
   def close(kind: type[BaseException] | None, *_: Any) -> None:
-    if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+    of_jax = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError)
+    if not (of_jax and jax.process_count() > 1):
       saved.close()
 
   return close

@@ -439,7 +439,8 @@ def nearest_prototype(embed: Apply, ways: int) -> Predict:
     train, test = jnp.split(embed(params, both), [num_examples(task.train)])
     members = jax.nn.one_hot(task.train.targets, ways, axis=0)  # [ways, n]
     sizes = jnp.sum(members, axis=1)
-    prototypes = members @ train / jnp.maximum(sizes, 1)[:, None]
+    sums = jnp.matmul(members, train, precision="highest")  # exact, as the queries are
+    prototypes = sums / jnp.maximum(sizes, 1)[:, None]
     apart = jnp.sum(jnp.square(test[:, None] - prototypes), axis=-1)
     return jnp.where(sizes > 0, -apart, jnp.finfo(apart.dtype).min)
 

@@ -32,9 +32,59 @@ if this == 0:
 """
 
 
-def start(number, this, devices, address):
+TRAINING = """
+import json, sys, time
+from pathlib import Path
+import jax, numpy as np, optax
+address, number, this, devices, folder = *sys.argv[1:2], *map(int, sys.argv[2:5]), Path(sys.argv[5])
+jax.distributed.initialize(address, number, this)
+import metajax
+from tests import problems
+
+model = metajax.models.mlp(3, 2, hidden=(4,))
+loss = metajax.losses.cross_entropy(model.apply, reduction="mean")
+learner = metajax.meta_learner(
+  metajax.reptile(loss, optax.sgd(0.1)), optax.sgd(1.0), metajax.vmapped(2)
+)
+sample_task = metajax.data.few_shot.sample_task(
+  metajax.data.from_arrays(np.arange(60, dtype=np.float32).reshape(20, 3) / 60, np.arange(20) % 4),
+  ways=2, train_shots=2, test_shots=1,
+)
+start, key = learner.init(model.init(jax.random.key(0))), jax.random.key(1)
+
+def train(num_steps, **options):
+  def report(record):
+    if this == 0:
+      time.sleep(1)  # as if it drew a picture
+    return record.step
+
+  return metajax.train(
+    learner, sample_task, metajax.shared_tail(metajax.cycling(2, 2)), start, key,
+    num_steps=num_steps, report=report, folder=folder / "checkpoints", **options,
+  )
+
+record = train(2)
+with metajax.checkpoint.checkpoints(folder / "checkpoints") as saved:
+  best = int(saved.best(record.state).state.step)
+metajax.save(
+  folder / "learner.safetensors", learner, record.state, model,
+  example_inputs=np.zeros((1, 3), np.float32), steps=2, batch_size=2,
+  inner_optimizer={"name": "sgd", "learning_rate": 0.1},
+  loss={"name": "cross_entropy", "reduction": "mean"},
+)
+learned = metajax.load(folder / "learner.safetensors")
+size = sum(leaf.size for leaf in jax.tree.leaves(learned.params))
+try:
+  train(8, steps_per_call=1, should_stop=lambda: this == 0)
+except metajax.training.StoppedError as error:
+  stopped = str(error).split(",")[0]
+print(json.dumps([best, size, stopped]))
+"""
+
+
+def start(number, this, devices, address, program=PROGRAM, *arguments):
   return subprocess.Popen(
-    [sys.executable, "-c", PROGRAM, address, str(number), str(this), str(devices)],
+    [sys.executable, "-c", program, address, str(number), str(this), str(devices), *arguments],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -42,14 +92,19 @@ def start(number, this, devices, address):
   )
 
 
-def outcome(number, devices):
+def outcomes(number, devices, *program):
+  """What each of several processes printed last."""
   with socket.socket() as listener:
     listener.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{listener.getsockname()[1]}"
-  processes = [start(number, this, devices, address) for this in range(number)]
+  processes = [start(number, this, devices, address, *program) for this in range(number)]
   ended = [process.communicate(timeout=300) for process in processes]
   assert [process.returncode for process in processes] == [0] * number, ended[0][1]
-  return json.loads(ended[0][0].splitlines()[-1])
+  return [out.splitlines()[-1] for out, _ in ended if out]
+
+
+def outcome(number, devices):
+  return json.loads(outcomes(number, devices)[0])
 
 
 def test_the_run_is_the_same_on_one_and_eight_devices_of_one_and_two_processes():
@@ -57,3 +112,10 @@ def test_the_run_is_the_same_on_one_and_eight_devices_of_one_and_two_processes()
   for other in (eight, in_two):
     for ours, expected in zip(other, one, strict=True):
       np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_two_processes_see_the_same_scores_and_files_and_stop_together(tmp_path):
+  """What the first process does alone: it writes the files, reports slowly, and is told to stop."""
+  first, second = outcomes(2, 1, TRAINING, str(tmp_path))
+  assert first == second
+  assert json.loads(first) == [2, 4 * 3 + 4 + 2 * 4 + 2, "stopped at meta-step 2"]

@@ -72,7 +72,7 @@ def from_arrays(
       "with m >= 1: give one label for each example"
     )
   labels = class_labels(given)
-  inputs = jax.tree.map(_stored, inputs)
+  inputs = jax.tree.map(as_stored, inputs)
   order = np.argsort(labels, kind="stable")
   names, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
   classes = _rows(inputs, order, starts, sizes, names.tolist())
@@ -178,7 +178,7 @@ def split(
   return Splits(chosen[0], chosen[1] if of_validation else None, chosen[2])
 
 
-def _stored(inputs: np.ndarray) -> np.ndarray:
+def as_stored(inputs: np.ndarray) -> np.ndarray:
   """Converts the inputs to the dtype in which JAX stores them."""
   if inputs.dtype != bool and not jnp.issubdtype(inputs.dtype, jnp.number):
     raise ValueError(f"inputs must be numbers, not {inputs.dtype}: encode them")

@@ -38,7 +38,7 @@ def load(
     raise ValueError("train_classes, test_classes and drawings must each be at least 1")
   num_classes = train_classes + test_classes
   # With fold_in, the characters are independent of a run that uses key(seed) itself.
-  with jax.default_device(_cpu()):
+  with jax.default_device(_cpu()), jax.default_matmul_precision("float32"):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x676C7970), num_classes)
     draw = jax.jit(lambda keys: jax.lax.map(lambda key: draw_class(key, drawings), keys))
     images = np.asarray(draw(keys))

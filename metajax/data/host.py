@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from metajax.data.few_shot import as_stored
 from metajax.types import Episode, Examples, PRNGKey, SampleEpisodes, SampleTask, Task
 
 Fetch = Callable[[np.ndarray], Any]  # int32 rows of any shape [...] -> inputs [..., *rest]
@@ -22,30 +24,39 @@ def host_tasks(sample_task: SampleTask, fetch: Fetch) -> SampleTask:
       that `from_arrays(np.arange(m), labels)` makes.
     fetch: `rows -> inputs`, a NumPy function from row numbers of any shape to the inputs, such as
       `images.__getitem__` of a memory-mapped array. The same rows must always give the same
-      inputs, and it must not call JAX. If tasks are spread over devices, several threads call it.
+      inputs, and it must not call JAX. If tasks are spread over devices, several threads call it,
+      and if they are spread over processes, each fetches its own.
 
   Returns:
     `key -> Task`, with inputs in JAX's dtypes (float32 for float64).
 
   Raises:
-    ValueError: if what is fetched for two rows does not have a first axis of two. An error in a
-      later call ends the program, with a traceback that shows it.
+    ValueError: if what is fetched for two rows does not have a first axis of two, or is refused as
+      `from_arrays` would refuse it, or JAX's CPU backend is switched off. An error in a later call,
+      on the device, becomes a JaxRuntimeError that shows it.
   """
-  first = jax.tree.map(np.asarray, fetch(np.zeros(2, np.int32)))
+  stored = lambda leaf: as_stored(np.asarray(leaf))
+  fetched = lambda rows: jax.tree.map(stored, fetch(np.asarray(rows)))
+  first = fetched(np.zeros(2, np.int32))
   if any(np.shape(leaf)[:1] != (2,) for leaf in jax.tree.leaves(first)):
     raise ValueError(
       "fetch(rows) must return inputs [..., *rest] for rows [...], and for two rows it returns "
       f"{', '.join(str(leaf.shape) for leaf in jax.tree.leaves(first))}"
     )
-  dtypes = jax.tree.map(lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype), first)
-
-  def fetched(rows: np.ndarray) -> Any:
-    return jax.tree.map(np.asarray, fetch(np.asarray(rows)), dtypes)
+  try:
+    jax.local_devices(backend="cpu")
+  except RuntimeError as error:
+    raise ValueError(
+      "host_tasks needs JAX's CPU backend too, as in JAX_PLATFORMS=cuda,cpu"
+    ) from error
 
   def with_inputs(examples: Examples) -> Examples:
     rows = examples.inputs
-    like = lambda leaf, dtype: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[1:]), dtype)
-    shapes = jax.tree.map(like, first, dtypes)
+    like = lambda leaf: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[1:]), leaf.dtype)
+    shapes = jax.tree.map(like, first)
+    if rows.size == 0:  # a task without test examples
+      nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      return examples._replace(inputs=nothing)
     inputs = jax.pure_callback(fetched, shapes, rows, vmap_method="expand_dims")
     return examples._replace(inputs=inputs)
 
@@ -81,7 +92,7 @@ def host_episodes(
       `images.__getitem__` of a memory-mapped array. It is called by several threads.
     key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
     first: the meta-step to begin with, which is `state.step` where a run is resumed.
-    threads: how many threads fetch.
+    threads: how many threads fetch. Several processes cannot share such a run.
     ahead: how many meta-steps are fetched ahead.
   """
   import grain
