@@ -8,7 +8,7 @@ import importlib
 from importlib import metadata
 from types import ModuleType
 
-from metajax import data, losses, models, programs, theory, training, variants
+from metajax import data, devices, losses, models, programs, theory, training, variants
 from metajax.devices import cores_as_devices, task_mesh
 from metajax.episodes import (
   cycling,
@@ -63,6 +63,7 @@ __all__ = [
   "cores_as_devices",
   "cycling",
   "data",
+  "devices",
   "evaluate",
   "fomaml",
   "inductive",

@@ -607,8 +607,16 @@ def test_what_is_fetched_on_the_host_may_be_a_pytree_with_axes_of_its_own():
   chex.assert_trees_all_equal(tasks.train.inputs, fetch(np.asarray(of_rows.train.inputs)))
   chex.assert_trees_all_equal(tasks.test.inputs, fetch(np.asarray(of_rows.test.inputs)))
   chex.assert_trees_all_equal_dtypes(tasks.train.inputs, stored)
-  with pytest.raises(ValueError, match=r"for two rows it returns \(12,\)"):
-    metajax.data.host_tasks(sample_rows, lambda rows: stored["on"])
+  without_test = few_shot.sample_task(rows, ways=3, train_shots=2, test_shots=0)
+  task = jax.jit(metajax.data.host_tasks(without_test, fetch))(KEY)
+  assert task.test.inputs["image"].shape == (0, 2, 2)
+  for wrong, message in (
+    (lambda rows: stored["on"], r"for two rows it returns \(12,\)"),
+    (lambda rows: rows.astype(np.int64) + 2**40, "inputs must fit int32"),
+    (lambda rows: rows / 0.0, "inputs must be finite float32"),
+  ):
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=message):
+      metajax.data.host_tasks(sample_rows, wrong)
 
 
 # CIFAR-100, from an archive made here

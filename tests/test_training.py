@@ -1,5 +1,6 @@
 """The library's own training loop, as a user's program calls it."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -8,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -516,3 +518,16 @@ def test_progress_is_lines_where_the_output_is_not_a_terminal(monkeypatch, capsy
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 3 and all(line.startswith("glyphs: ") for line in lines)
   assert "30/100" in lines[0] and "loss 30" in lines[0] and "60/100" in lines[1]
+
+
+@pytest.mark.parametrize(("processes", "closed"), [(1, True), (2, False)])
+def test_after_an_error_of_jax_checkpoints_are_closed_if_no_process_is_lost(
+  processes, closed, monkeypatch
+):
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  calls = []
+  saved = types.SimpleNamespace(close=lambda: calls.append(None))
+  with pytest.raises(jax.errors.JaxRuntimeError), contextlib.ExitStack() as stack:
+    stack.push(training._closing(saved))
+    raise jax.errors.JaxRuntimeError("out of memory")
+  assert bool(calls) == closed
