@@ -24,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from metajax import checks
-from metajax.devices import wait_for_all
+from metajax.devices import in_any_process
 from metajax.meta import MetaState
 from metajax.programs import copied
 
@@ -66,7 +66,7 @@ class Checkpoints(NamedTuple):
       written, and ValueError if the step is saved already or JSON cannot hold `extra`.
     rate: `(step, score) -> None` gives a saved checkpoint its score, or says with None that it has
       none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
-      written.
+      written. If several processes share the run, all of them call it together.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings, or only their
       description, `jax.eval_shape(learner.init, params)`. A damaged checkpoint is passed over with
@@ -160,12 +160,14 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
 
   def rate(step: int, score: float | None) -> None:
     rated[step] = float(score) if score is not None and math.isfinite(score) else None
+    failure = None
     try:
       _write_scores(folder, rated)
     except OSError as error:
-      raise _unwritten(folder, error) from error
-    finally:
-      wait_for_all(f"score of {step} written")  # whoever opens the folder next must find it
+      failure = error
+    # The others wait for the first process: whoever opens the folder next must find the score.
+    if in_any_process(failure is not None):
+      raise _unwritten(folder, failure or OSError("the first process says why")) from failure
 
   def load(step: int, like: MetaState) -> Saved:
     found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))

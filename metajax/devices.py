@@ -66,14 +66,18 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def in_any_process(said: bool) -> bool:
-  """Whether one of the processes that share the run says so; all of them must ask together."""
-  if jax.process_count() == 1:
+def in_any_process(said: bool, mesh: Mesh | None = None) -> bool:
+  """Whether one of the processes that share a mesh says so; all of them must ask together.
+
+  Args:
+    said: what this process says.
+    mesh: the devices that they share, with one axis; by default all there are.
+  """
+  mesh = task_mesh() if mesh is None else mesh
+  if not mesh.is_multi_process:
     return said
-  by_device = jax.NamedSharding(task_mesh(), jax.P("tasks"))
-  each = jax.make_array_from_callback(
-    (jax.device_count(),), by_device, lambda index: np.array([said])
-  )
+  by_device = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  each = jax.make_array_from_callback((mesh.size,), by_device, lambda index: np.array([said]))
   return bool(jax.block_until_ready(_any(each)))
 
 

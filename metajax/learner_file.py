@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from metajax.devices import wait_for_all
+from metajax.devices import in_any_process
 from metajax.types import leaf_name
 
 _FORMAT = 1  # the version of the file format
@@ -70,11 +70,14 @@ def write(path: Path, recipe: Recipe, arrays: dict[str, Any]) -> None:
     ) from error
   checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
   header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})
-  try:
-    if jax.process_index() == 0:
+  failure = None
+  if jax.process_index() == 0:
+    try:
       _replace(path, safetensors.numpy.save(arrays, metadata={"metajax": header}))
-  finally:
-    wait_for_all("learner file written")
+    except OSError as error:
+      failure = error
+  if in_any_process(failure is not None):  # all wait for the first one
+    raise failure or OSError(f"{path} cannot be written by the first process, which says why")
 
 
 def _replace(path: Path, content: bytes) -> None:

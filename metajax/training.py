@@ -127,7 +127,7 @@ def train(
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
       It may return a score: the state with the highest score is kept, besides the newest ones.
       It may raise `StoppedError` to end the run, and is given the record again on resuming. If
-      several processes share the run, `report` must do so in all of them or in none.
+      several processes share the run, it must return the same score, or raise, in all of them.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
@@ -238,7 +238,7 @@ def train(
             saved.rate(step, score)
       if step == num_steps:
         return record
-      if in_any_process(should_stop()):
+      if in_any_process(should_stop(), mesh):
         raise stopped()
       until_report = min(num_steps, (step // report_every + 1) * report_every) - step
       steps = min(steps_per_call, until_report)

@@ -36,10 +36,9 @@ TRAINING = """
 import json, sys, time
 from pathlib import Path
 import jax, numpy as np, optax
-address, number, this, devices, folder = *sys.argv[1:2], *map(int, sys.argv[2:5]), Path(sys.argv[5])
+address, number, this, folder = sys.argv[1], *map(int, sys.argv[2:4]), Path(sys.argv[5])
 jax.distributed.initialize(address, number, this)
 import metajax
-from tests import problems
 
 model = metajax.models.mlp(3, 2, hidden=(4,))
 loss = metajax.losses.cross_entropy(model.apply, reduction="mean")

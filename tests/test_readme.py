@@ -99,7 +99,9 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr(metajax.data, "from_folder", with_more_test_classes)
   found = run(page, tmp_path, monkeypatch)
   if page.stem == "networks":
-    assert 0 < int(found["found"].state.step) <= 400
+    best, last = int(found["found"].state.step), 200 + 20 * (len(found["scores"]) - 1)
+    assert 0 < best <= last <= 400 and best % 20 == 0
+    assert last == 400 or found["scores"][-4] >= max(found["scores"][-3:])
     assert len(found["accuracies"]) == 100 and 0.5 < found["mean"] <= 1.0
     expected = np.repeat(["ash", "elm", "fir", "oak", "yew"], 19)
     assert np.mean(found["predictions"].labels == expected) > 0.5

@@ -31,16 +31,17 @@ def host_tasks(sample_task: SampleTask, fetch: Fetch) -> SampleTask:
     `key -> Task`, with inputs in JAX's dtypes (float32 for float64).
 
   Raises:
-    ValueError: if what is fetched for two rows does not have a first axis of two, or is refused as
-      `from_arrays` would refuse it, or JAX's CPU backend is switched off. An error in a later call,
-      on the device, becomes a JaxRuntimeError that shows it.
+    ValueError: if what is fetched does not have the shape of the rows first, or is refused as
+      `from_arrays` would refuse it; if JAX's CPU backend is switched off; or, when a task is drawn,
+      if its inputs are not row numbers. An error in a later call, on the device, becomes a
+      JaxRuntimeError that shows it.
   """
   stored = lambda leaf: as_stored(np.asarray(leaf))
   fetched = lambda rows: jax.tree.map(stored, fetch(np.asarray(rows)))
-  first = fetched(np.zeros(2, np.int32))
-  if any(np.shape(leaf)[:1] != (2,) for leaf in jax.tree.leaves(first)):
+  first = fetched(np.zeros((1, 2), np.int32))
+  if any(leaf.shape[:2] != (1, 2) for leaf in jax.tree.leaves(first)):
     raise ValueError(
-      "fetch(rows) must return inputs [..., *rest] for rows [...], and for two rows it returns "
+      "fetch(rows) must return inputs [..., *rest] for rows [...], and for rows [1, 2] it returns "
       f"{', '.join(str(leaf.shape) for leaf in jax.tree.leaves(first))}"
     )
   try:
@@ -52,7 +53,12 @@ def host_tasks(sample_task: SampleTask, fetch: Fetch) -> SampleTask:
 
   def with_inputs(examples: Examples) -> Examples:
     rows = examples.inputs
-    like = lambda leaf: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[1:]), leaf.dtype)
+    if getattr(rows, "dtype", None) != jnp.int32 or rows.ndim != 1:
+      raise ValueError(
+        "the tasks of host_tasks must have row numbers as inputs, int32 [n]: draw them from "
+        "from_arrays(np.arange(m), labels)"
+      )
+    like = lambda leaf: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[2:]), leaf.dtype)
     shapes = jax.tree.map(like, first)
     if rows.size == 0:  # a task without test examples
       nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -80,7 +86,8 @@ def host_episodes(
 
   The tasks are drawn as usual, but of row numbers: `few_shot.sample_task` of classes that
   `from_arrays(np.arange(m), labels)` makes. So the same key gives the same tasks as in
-  `metajax.run`. The library `grain`, an extra of metajax, does the fetching.
+  `metajax.run`. The library `grain`, an extra of metajax, does the fetching. Several processes
+  cannot share such a run.
 
   >>> sample = learner.execution.sample(sample_task, make_episode)
   >>> for episodes in itertools.islice(host_episodes(sample, images.__getitem__, key), 1000):
@@ -92,7 +99,7 @@ def host_episodes(
       `images.__getitem__` of a memory-mapped array. It is called by several threads.
     key: the key of the run. The key of meta-step i is `fold_in(key, i)`.
     first: the meta-step to begin with, which is `state.step` where a run is resumed.
-    threads: how many threads fetch. Several processes cannot share such a run.
+    threads: how many threads fetch.
     ahead: how many meta-steps are fetched ahead.
   """
   import grain

@@ -46,8 +46,9 @@ def from_tfds(
     Splits with inputs uint8 `[m, height, width, channels]`.
 
   Raises:
-    DataError: if there is no such data set, it cannot be downloaded, or it has no images with
-      labels.
+    DataError: if there is no such data set, it cannot be downloaded or prepared, or it has no
+      images with labels.
+    ImportError: if TensorFlow is needed to prepare it and is not installed.
   """
   import tensorflow_datasets as tfds
 
@@ -65,8 +66,11 @@ def from_tfds(
     raise DataError(f"{builder.name} has features {', '.join(features)}, not image and label")
   try:
     builder.download_and_prepare()
-  except OSError as error:
-    raise DataError(f"{builder.name} cannot be downloaded or prepared: {error}") from error
+  except ImportError:  # it says what to install
+    raise
+  except Exception as error:  # it raises many types of error
+    why = str(error).strip().split("\n")[0] or type(error).__name__
+    raise DataError(f"{builder.name} cannot be downloaded or prepared: {why}") from error
   records = (record for part in builder.as_data_source().values() for record in part)
   pairs = ((record["image"], int(record["label"])) for record in records)
   names = getattr(features["label"], "names", None)
