@@ -6,11 +6,9 @@ more. Only convolutions and dense layers count.
 """
 
 import importlib.metadata
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ import numpy as np
 import optax
 
 import metajax
+from experiments import folders
 
 ALGORITHMS = ("reptile", "fomaml", "maml", "maml_reverse", "maml_remat", "evaluation")
 # What is after the underscore: how MAML differentiates through the inner steps.
@@ -422,10 +421,4 @@ def machine() -> dict[str, str]:
   """Versions, device and commit, to be stored with a result."""
   versions = {name: importlib.metadata.version(name) for name in ("metajax", "jax", "jaxlib")}
   device = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
-  here = Path(__file__).parent
-  try:
-    described = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(described, cwd=here, capture_output=True, text=True).stdout.strip()
-  except OSError:  # git is not installed
-    commit = ""
-  return {**versions, "device": device, "commit": commit or "unknown"}
+  return {**versions, "device": device, "commit": folders.commit()}

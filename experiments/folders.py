@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -344,13 +345,24 @@ def set_aside(path: Path) -> Path:
   return aside
 
 
+def commit() -> str:
+  """The commit of this clone, and whether files differ from it; "unknown" if git does not say."""
+  described = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+  try:
+    found = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True)
+  except OSError:  # git is not installed
+    return "unknown"
+  return found.stdout.strip() or "unknown"
+
+
 def versions() -> dict[str, str]:
-  """Package versions, device and machine, on which a result depends besides its flags."""
+  """Versions, commit, device and machine, on which a result depends besides its flags."""
   packages = ("metajax", "jax", "jaxlib", "flax", "optax", "numpy")
   found = {package: importlib.metadata.version(package) for package in packages}
   return {
     "python": platform.python_version(),
     **found,
+    "commit": commit(),
     "device": jax.devices()[0].device_kind,
     "machine": f"{_processor()}, {os.cpu_count()} cores",
   }

@@ -70,10 +70,12 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
 def few_shot() -> Iterator[str]:
   """The rows of Tables 1 and 2, from the longest run of each recipe."""
   yield (
-    "| recipe | cell | ours | tasks | the paper | ours - paper | meta-steps | minutes | machine |"
+    "| recipe | cell | untrained | ours | tasks | the paper | ours - paper | meta-steps | "
+    "minutes | machine |"
   )
   for recipe, of_paper in PAPER.items():
     result = longest(recipe) or {"cells": {}, "meta_steps": 0}
+    before = untrained(recipe)
     about = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} |"
     if "train_seconds" in result:
       minutes = result["train_seconds"] / 60
@@ -89,7 +91,8 @@ def few_shot() -> Iterator[str]:
         ours = _percent(found)
         tasks = f"{found['tasks']:,}"
         apart = f"{100 * found['accuracy'] - of_paper[cell][0]:+.1f}" if paper else ""
-      shown = [recipe if number == 0 else "", cell, ours, tasks, paper, apart]
+      shown = [recipe if number == 0 else "", cell, before.get(cell, "")]
+      shown += [ours, tasks, paper, apart]
       yield f"| {' | '.join(shown)} | {about if number == 0 else ' | |'} |"
 
 
@@ -106,11 +109,12 @@ def _of_paper(cell: tuple[float, float]) -> str:
 
 def highlights() -> Iterator[str]:
   """A few of the cells, transductive, beside the paper's."""
-  yield "| experiment | ours | the paper |"
+  yield "| experiment | untrained | ours | the paper |"
   for recipe, cell, title, result in _chosen():
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
     ours, paper = _percent(result["cells"][cell]), _of_paper(PAPER[recipe][cell])
-    yield f"| {title}, transductive, {of} | {ours} % | {paper} % |"
+    before = untrained(recipe)[cell]
+    yield f"| {title}, transductive, {of} | {before} % | {ours} % | {paper} % |"
 
 
 def transduction() -> Iterator[str]:
@@ -138,6 +142,15 @@ def longest(recipe: str) -> folders.Line | None:
   """The result of a recipe's run with the most meta-steps, or None if there is none."""
   paths = _by_length(recipe)
   return folders.finished(paths[-1]) if paths else None
+
+
+def untrained(recipe: str) -> dict[str, str]:
+  """By cell, the accuracy in percent of the network from which a recipe's longest run began."""
+  paths = _by_length(recipe)
+  first = [line for path in paths[-1:] for line in folders.read_lines(path)[:1]]
+  cells = first[0].get("test", {}) if first and first[0]["step"] == 0 else {}
+  shown = lambda cell: f"{100 * cell['accuracy']:.1f} +- {100 * cell['interval95']:.1f}"
+  return {name: shown(cell) for name, cell in cells.items()}
 
 
 def _by_length(recipe: str) -> list[Path]:

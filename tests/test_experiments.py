@@ -109,7 +109,7 @@ def test_a_run_leaves_its_files_and_goes_on_where_it_was_killed(
   assert all(cell["tasks"] == 4 and 0 <= cell["accuracy"] <= 1 for cell in result["cells"].values())
   assert result["meta_steps"] == 4 and result["meta_steps_per_second"] > 0
   assert result["parameters"] == 28 * 28 * 3
-  assert {"jax", "metajax", "python"} <= set(result["versions"])
+  assert {"commit", "jax", "metajax", "python"} <= set(result["versions"])
 
   with pytest.raises(ValueError, match=r"then --inner_rate=0.001; now --inner_rate=0.002"):
     runs.prepare(tiny(inner_rate=0.002), tmp_path / "whole")
