@@ -6,15 +6,18 @@ more. Only convolutions and dense layers count.
 """
 
 import importlib.metadata
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 
 import metajax
 from experiments import folders
@@ -415,6 +418,27 @@ def matrix_products() -> MatrixProducts:
     calls.append(partial(jax.jit(jnp.matmul), matrices, matrices))
     flops.append(2.0 * n**3 * mesh.size)
   return MatrixProducts(calls, flops)
+
+
+def check_flags(argv: Sequence[str], *unused: str) -> None:
+  """Ends a program that is given what it does not use, or an --out that cannot be written.
+
+  Args:
+    argv: the name of the program, and what is left of its arguments.
+    *unused: the flags that it does not use.
+  """
+  name, given = Path(argv[0]).stem, flags.FLAGS
+  if len(argv) > 1:
+    sys.exit(f"{name}: unexpected argument {argv[1]!r}: flags start with --")
+  for flag in unused:
+    if given[flag].present:
+      sys.exit(f"{name}: --{flag} is of no use here: leave it out")
+  if "out" in given and given.out:
+    try:
+      Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+      Path(given.out).touch()
+    except OSError as error:
+      sys.exit(f"{name}: --out={given.out} cannot be written ({error.strerror}): change it")
 
 
 def machine() -> dict[str, str]:

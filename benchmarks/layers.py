@@ -40,8 +40,7 @@ _FACTORS = {
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"layers: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv, "out", "baseline", "plots", "errors")
   if set(FLAGS.execution) != {"sharded"}:
     sys.exit("layers: --execution must be sharded: a device works on a task alone")
   wall_clock.set_up()

@@ -8,7 +8,6 @@ a task when it is drawn, and `host_episodes` in background threads, some meta-st
 run in turns, and the table shows the median.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -26,6 +25,7 @@ flags.DEFINE_integer("images", 20_000, "Images of 28x28 in the data set.", lower
 flags.DEFINE_integer("steps", 20, "Meta-steps of a measurement.", lower_bound=1)
 flags.DEFINE_integer("repeats", 5, "Rounds in which every way runs once.", lower_bound=1)
 flags.DEFINE_integer("filters", 64, "Filters of every convolution.", lower_bound=1)
+flags.register_validator("images", lambda images: images % 20 == 0, "must be a multiple of 20")
 FLAGS = flags.FLAGS
 
 
@@ -75,8 +75,7 @@ def ways_to_load(file: Path, steps: int, filters: int) -> dict[str, Callable[[],
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"loader: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv)
   metajax.cores_as_devices()
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "images.npy"

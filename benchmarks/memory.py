@@ -6,7 +6,6 @@ First-order meta-gradients need the same memory for any number of steps k; MAML 
 every step. The flags are those of `benchmarks.wall_clock`, with different defaults.
 """
 
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -21,8 +20,7 @@ FLAGS.set_default("optimizer", "sgd")
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"memory: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv, "out", "baseline", "plots", "errors", "repeats")
   wall_clock.set_up()
   programs = [cases.compile_case(case, judge=False) for case in wall_clock.cases_from_flags()]
   rows: dict[tuple, dict[int, int]] = {}

@@ -29,8 +29,7 @@ flags.DEFINE_list("peers", [], "Peers to run; by default all that support the wo
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"peers: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv, "out", "baseline", "plots", "errors", "optimizer")
   if "evaluation" in FLAGS.algorithms:
     sys.exit("peers: --algorithms=evaluation has no gradient to compare: use wall_clock")
   if "serial" in FLAGS.execution and any(name.startswith("reptile") for name in FLAGS.algorithms):

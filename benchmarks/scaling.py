@@ -22,7 +22,6 @@ time; data, launches, the additions in the all-reduce and the outer update take 
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,8 +161,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"scaling: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv)
   if not FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   jax.config.update("jax_platforms", "cpu")
@@ -175,7 +173,6 @@ def main(argv: list[str]) -> None:
   print(f"{versions}; {FLAGS.tflops:g} TFLOP/s a device, {FLAGS.latency_us:g} us a message\n")
   print(markdown(rows))
   if FLAGS.out:
-    Path(FLAGS.out).parent.mkdir(parents=True, exist_ok=True)
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(row | machine) + "\n" for row in rows)
 

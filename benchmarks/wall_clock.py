@@ -105,8 +105,7 @@ def cases_from_flags() -> list[Case]:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    sys.exit(f"wall_clock: unexpected argument {argv[1]!r}: flags start with --")
+  cases.check_flags(argv)
   try:
     baseline = read(FLAGS.baseline) if FLAGS.baseline else []
   except (OSError, ValueError, KeyError) as error:
@@ -132,7 +131,6 @@ def main(argv: list[str]) -> None:
   )
   print(markdown(records, baseline))
   if FLAGS.out:  # after printing, so that a failure to write loses no results
-    Path(FLAGS.out).parent.mkdir(parents=True, exist_ok=True)
     with Path(FLAGS.out).open("a") as file:
       file.writelines(json.dumps(line) + "\n" for line in records)
   if FLAGS.plots:

@@ -153,7 +153,10 @@ def _check_sizes(recipe: Recipe, splits: metajax.data.Splits) -> None:
       problems.append(f"it has no {split} classes: take them out of --curve_splits")
       continue
     if len(classes.sizes) < recipe.ways:
-      problems.append(f"it has {len(classes.sizes)} {split} classes: lower --ways={recipe.ways}")
+      problems.append(
+        f"it has {len(classes.sizes)} {split} classes: lower --ways={recipe.ways}"
+        + (", or divide them yourself into train/ and test/" if recipe.dataset == "folder" else "")
+      )
     judged = split in (*recipe.curve_splits, "test")
     flags = [(evaluated, "--eval_shots or --eval_queries")] if judged else []
     flags += [(recipe.train_shots, "--train_shots")] if split == "train" else []

@@ -115,6 +115,12 @@ def main(
   except (ValueError, OSError) as error:
     _end(f"{name}: {error}", 1)
   except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      _end(
+        f"{name}: a device has too little memory ({str(error).splitlines()[0]}): let fewer tasks "
+        "run at once by --chunk, or lower --meta_batch; what was saved is kept",
+        1,
+      )
     if jax.process_count() == 1:
       raise
     _end(
@@ -291,6 +297,8 @@ def _prepared(
   """What to run. With --fresh the earlier run is put aside, and back if a flag is no good."""
   if run.out is None and jax.process_count() > 1:
     raise ValueError("processes that share a run need the same --out, in a folder that all see")
+  if run.out is None and run.fresh:
+    raise ValueError("--fresh puts the earlier run in --out aside: give --out too, or leave it out")
   path = folders.path_of(name, run.out)
   run = replace(run, out=str(path))
   aside = None

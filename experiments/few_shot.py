@@ -108,11 +108,48 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
   print(f"  {result['meta_steps']} meta-steps{took}; see {out}")
 
 
+# By algorithm, why it does not use some flags, and their names.
+_WITHOUT_EFFECT = {
+  "prototypical": (
+    "which has no inner steps and takes the mean loss",
+    (
+      *("inner_optimizer", "inner_rate", "inner_eps_root", "inner_state", "inner_batch"),
+      *("inner_steps", "minibatches", "loss_reduction", "eval_steps", "eval_batch"),
+    ),
+  ),
+  "joint": ("which takes one inner step", ("inner_steps",)),
+  "scratch": (
+    "which learns no parameters",
+    ("outer_optimizer", "outer_rate", "outer_rate_final", "outer_schedule", "outer_clip"),
+  ),
+  "anil": ("which moves the last layer only", ("adapt_norm",)),
+}
+
+
 def implied(given: dict[str, Any]) -> list[str]:
-  """The flags of --recipe; with --judge, those that the run was trained with."""
+  """The flags of --recipe; with --judge, those that the run was trained with.
+
+  Raises:
+    ValueError: if they are not there, or a given flag has no effect.
+  """
+  lines = _implied(given)
+  algorithm = given.get("algorithm", Recipe().algorithm)
+  for line in lines:
+    if line.startswith("--algorithm=") and "algorithm" not in given:
+      algorithm = line.removeprefix("--algorithm=")
+  why, names = _WITHOUT_EFFECT.get(algorithm, ("", ()))
+  for name in names:
+    if name in given:
+      raise ValueError(f"--{name} is of no use with --algorithm={algorithm}, {why}: leave it out")
+  return lines
+
+
+def _implied(given: dict[str, Any]) -> list[str]:
   if given.get("judge"):
-    if given.keys() & {"recipe", "seeds"}:
-      raise ValueError("--judge reads how a run was trained: leave out --recipe and --seeds")
+    if given.keys() & {"recipe", "seed", "seeds"}:
+      raise ValueError(
+        "--judge reads how a run was trained: leave out --recipe, --seed and --seeds"
+      )
     flags = Path(given.get("out", ""), "flags.txt").expanduser()
     if not flags.is_file():
       raise ValueError("--judge judges a run: give its folder as --out")

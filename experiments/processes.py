@@ -47,9 +47,11 @@ def join(processes: Processes) -> None:
     jax.distributed.initialize(
       processes.coordinator_address, processes.num_processes, processes.process_id
     )
-  except RuntimeError as error:
+  except (RuntimeError, ValueError) as error:
     why = str(error).splitlines()[0]
-    raise ValueError(
-      f"the processes do not find each other ({why}): see that the coordinator's address is right "
-      "and its port free"
-    ) from error
+    advice = "see that the coordinator's address is right and its port free"
+    if processes.distributed:
+      advice = (
+        "without Slurm or a TPU, give --coordinator_address, --num_processes and --process_id"
+      )
+    raise ValueError(f"the processes do not find each other ({why}): {advice}") from error

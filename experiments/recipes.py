@@ -32,11 +32,12 @@ class Training(Settings):
     "meta_sgd", "layer_rates", "multi_step", "annealed", "imaml", "cavia",
     "prototypical"] = option("reptile",
     "combine sums the inner optimizer's updates with --weights. joint is Reptile with one inner "
-    "step, which for SGD is joint training on all tasks. scratch learns nothing. anil adapts the "
-    "last layer only, boil all others. meta_sgd learns a rate for each number, layer_rates one for "
-    "each array of parameters. multi_step begins with the loss after every inner step, annealed "
-    "with FOMAML, and both become MAML. imaml takes implicit gradients, cavia adapts a context, "
-    "and prototypical compares with the mean of each class. docs/algorithms.md explains them.")
+    "step, which for SGD is joint training on all tasks. scratch learns no parameters. anil adapts "
+    "the last layer only, boil all others. meta_sgd learns a rate for each number, layer_rates one "
+    "for each array of parameters. multi_step begins with the loss after every inner step, "
+    "annealed with FOMAML, and both become MAML. imaml takes implicit gradients, cavia adapts a "
+    "context, and prototypical compares with the mean of each class. docs/algorithms.md explains "
+    "them.")
   early_steps: int | None = option(None,
     "After how many meta-steps multi_step and annealed become MAML; by default half of all.",
     at_least=0)
@@ -57,11 +58,13 @@ class Training(Settings):
     "How training minibatches are drawn: cycling uses every example once before any is used again, "
     "and replacement draws each minibatch independently.")
   inner_optimizer: Literal["adam", "sgd"] = option("adam", "Adam has beta1 = 0, beta2 = 0.999.")
-  inner_rate: float = option(1e-3, "The inner learning rate alpha.", above=0)
+  inner_rate: float = option(1e-3,
+    "The inner learning rate alpha; with meta_sgd and layer_rates, the one that learning begins "
+    "with.", above=0)
   inner_eps_root: float = option(0.0,
     "Adam's eps_root. MAML through Adam needs one above 0.", not_below=0)
   inner_state: Literal["carried", "fresh"] = option("carried",
-    "Whether the inner optimizer's state is carried from task to task.")
+    "Whether the inner optimizer's state is carried from task to task. SGD has none.")
   inner_batch: int = option(10, "Examples in an inner minibatch.", at_least=1)
   inner_steps: int = option(5,
     "k, the number of minibatches of a training task. reptile takes an inner step on each; fomaml, "
@@ -69,20 +72,23 @@ class Training(Settings):
     at_least=1)
   least_steps: int | None = option(None,
     "If it is given, training tasks take different numbers of inner steps, from this one up to all "
-    "that come before the tail.", at_least=1)
+    "that come before the tail. (reptile and combine take one more, on the tail.)", at_least=1)
   least_shots: int | None = option(None,
     "If it is given, training tasks adapt to different numbers of examples of each class, from "
     "this one up to all that are not in a separate tail.", at_least=1)
   loss_reduction: Literal["sum", "mean"] = option("sum",
-    "Whether the loss is the sum or the mean over the examples of a minibatch.")
+    "Whether the loss is the sum or the mean over the examples of a minibatch. This scales the "
+    "steps of SGD, and hardly those of Adam.")
   outer_optimizer: Literal["sgd", "adam"] = option("sgd",
     "Its gradient is, for reptile and joint, the parameters before the inner steps minus those "
     "after them; for fomaml and maml that of the last loss, and for combine the weighted sum.")
-  outer_rate: float = option(1.0, "The outer learning rate at the start.", above=0)
+  outer_rate: float = option(1.0,
+    "The outer learning rate at the start. It changes to --outer_rate_final, which recipes set "
+    "too.", above=0)
   outer_rate_final: float = option(0.0,
     "The outer learning rate at the end.", not_below=0)
   outer_schedule: Literal["linear", "cosine"] = option("linear",
-    "How the outer learning rate falls.")
+    "How the outer learning rate changes from the first to the last.")
   outer_clip: float | None = option(None,
     "Clips every entry of the outer gradient to [-outer_clip, outer_clip].", above=0)
   meta_batch: int = option(5, "T, the tasks of a meta-step.", at_least=1)
@@ -95,7 +101,7 @@ class Training(Settings):
     "The paper's network for the data set, or that of Finn et al. (2017). conv4 and resnet12 take "
     "images of any size; cifar_fs, fc100 and folder need one of them.")
   filters: int | None = option(None,
-    "Filters of every convolution; by default those of the paper.", at_least=1)
+    "Filters of every convolution; by default those of the paper, or 64 in conv4.", at_least=1)
   adapt_norm: bool = option(True,
     "Whether inner steps move the scales and offsets of batch normalization. In Finn et al., where "
     "there are offsets only, they do not. Reptile never learns what they do not move.")
@@ -137,7 +143,8 @@ class Cost(Settings):
   cache_dir: str | None = option(None,
     "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax.")
   chunk: int | None = option(None,
-    "Tasks that run at once, with sharded on each device; by default one on CPU.", at_least=1)
+    "Tasks that run at once: with chunked, by default one; with sharded on each device, by default "
+    "one on CPU and all elsewhere.", at_least=1)
   convolution: Literal["cpu", "patches", "xla"] | None = option(None,
     "How to convolve; by default whichever is faster on this backend.")
   steps_per_call: int = option(25,

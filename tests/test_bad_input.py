@@ -247,7 +247,19 @@ LINES = [
   (
     "few_shot",
     "--judge=best --seeds=2",
-    "few_shot: --judge reads how a run was trained: leave out --recipe and --seeds",
+    "few_shot: --judge reads how a run was trained: leave out --recipe, --seed and --seeds",
+  ),
+  (
+    "few_shot",
+    "--algorithm=prototypical --tail=separate --eval_steps=5",
+    "few_shot: --eval_steps is of no use with --algorithm=prototypical, which has no inner steps "
+    "and takes the mean loss: leave it out",
+  ),
+  (
+    "few_shot",
+    "--recipe=family_joint --inner_steps=3",
+    "few_shot: --inner_steps is of no use with --algorithm=joint, which takes one inner step: "
+    "leave it out",
   ),
   ("few_shot", "--judge=best", "few_shot: --judge judges a run: give its folder as --out"),
 ]

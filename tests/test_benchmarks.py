@@ -104,9 +104,24 @@ def test_scaling_prints_a_row_for_each_link(tmp_path):
     assert row["weak"]["1"] == row["strong"]["1"] == 1
     assert 1 > row["weak"]["8"] > row["strong"]["8"] > 0
   assert rows[0]["weak"]["8"] > rows[1]["weak"]["8"]
-  for wrong in ("--workloads=cosine", "--link_gbps=-1"):
+  for wrong in ("--workloads=cosine", "--link_gbps=-1", "--out=/dev/null/rows"):
     done = subprocess.run([*command, wrong], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and wrong[2:9] in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("program", "wrong", "message"),
+  [
+    ("layers", "--out=rows", "layers: --out is of no use here: leave it out"),
+    ("memory", "--repeats=3", "memory: --repeats is of no use here: leave it out"),
+    ("peers", "--optimizer=sgd", "peers: --optimizer is of no use here: leave it out"),
+    ("loader", "10", "loader: unexpected argument '10': flags start with --"),
+  ],
+)
+def test_a_flag_that_a_program_does_not_use_is_refused(program, wrong, message):
+  command = [sys.executable, "-m", f"benchmarks.{program}", wrong]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)
 
 
 def test_peers_compute_the_same_gradient():
