@@ -65,8 +65,9 @@ class Checkpoints(NamedTuple):
       anything that JSON can hold. Raises OSError if this checkpoint or the one before cannot be
       written, and ValueError if the step is saved already or JSON cannot hold `extra`.
     rate: `(step, score) -> None` gives a saved checkpoint its score, or says with None that it has
-      none. A checkpoint without a score is never the best. Raises OSError if the score cannot be
-      written. If several processes share the run, all of them call it together.
+      none. A checkpoint without a score is never the best; one that is not finite counts as none.
+      Raises OSError if the score cannot be written. If several processes share the run, all of
+      them call it together.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings, or only their
       description, `jax.eval_shape(learner.init, params)`. A damaged checkpoint is passed over with
@@ -173,7 +174,7 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     found = manager.restore(step, args=ocp.args.Composite(content=ocp.args.JsonRestore()))
     text, checksum = found["content"]["text"], found["content"]["crc32"]
     if zlib.crc32(text.encode()) != checksum:
-      raise ValueError("what is beside its numbers is not what was saved")
+      raise ValueError("its extra values are not those that were saved")
     beside = json.loads(text)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     _check_leaves(beside.get("leaves"), _described(like))
@@ -203,12 +204,19 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
           ) from error
         continue
       for other, why in passed.items():
-        warnings.warn(f"checkpoint {other} of {folder} is damaged: {why}", stacklevel=3)
+        warnings.warn(
+          f"checkpoint {other} of {folder} cannot be restored and is passed over ({why}); the next "
+          "save removes it",
+          stacklevel=3,
+        )
       damaged.update(passed)
       return found
     if passed:
       why = "; ".join(f"{step}: {why}" for step, why in passed.items())
-      raise ValueError(f"no checkpoint of {folder} can be restored ({why})")
+      raise ValueError(
+        f"no checkpoint of {folder} can be restored ({why}): give the model and the optimizers "
+        "that it was saved with, or another folder"
+      )
     return None
 
   def restore(like: MetaState) -> Saved | None:

@@ -150,7 +150,7 @@ def leading_axis(what: str, tree: Any, size: int) -> None:
     found = sorted({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)} - {(size,)})
     raise ValueError(
       f"{what} must have a leading axis of {size}, not {found}: give as many tasks as the "
-      "meta-batch, and the state that init returned"
+      "meta-batch, and a state that init of this learner returned, on as many devices"
     ) from error
 
 
@@ -218,8 +218,8 @@ def loss(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]
       raise ValueError("a minibatch has no example: raise the batch size or the shots")
     if asks == "always" and key is None:
       raise ValueError(
-        "the loss asks for a key, and the episode has none: make episodes with shared_tail or "
-        "separate_tail, or give yours a key"
+        "the loss asks for a key, and was given none: give the argument key, or make episodes with "
+        "shared_tail or separate_tail, or give yours a key"
       )
     found = loss_fn(params, batch, key=key) if asks and key is not None else loss_fn(params, batch)
     loss, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
@@ -299,7 +299,10 @@ def finite_vector(weights: Any) -> jax.Array | np.ndarray:
       return vector
   except (TypeError, ValueError):  # not numbers, or a ragged list of lists
     pass
-  raise ValueError(f"weights must be k finite numbers, not {weights!r:.80}")
+  raise ValueError(
+    f"weights must be a vector of finite numbers, not {weights!r:.80}: give one for each loss "
+    "(combine) or for each inner step (multi_step)"
+  )
 
 
 def _representable(vector: np.ndarray) -> bool:

@@ -67,10 +67,12 @@ def wait_for_all(what: str) -> None:
 
 
 def in_any_process(said: bool, mesh: Mesh | None = None) -> bool:
-  """Whether one of the processes that share a mesh says so; all of them must ask together.
+  """Whether `said` is true in any of the processes that share a mesh.
+
+  All of them must call this together.
 
   Args:
-    said: what this process says.
+    said: what this process has to say.
     mesh: the devices that they share, with one axis; by default all there are.
   """
   mesh = task_mesh() if mesh is None else mesh

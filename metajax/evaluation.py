@@ -67,8 +67,8 @@ def evaluate(learner: MetaLearner, schedule: Schedule, predict: Predict) -> Eval
 
   Args:
     learner: from `meta_learner`, whatever its algorithm and its execution. It adapts with its own
-      inner optimizer: a fresh one, or, if that is `carried`, one with the trained state. If the
-      execution keeps a state for each place in the meta-batch, it is that of the first place.
+      inner optimizer: a fresh one, or, if that is `carried`, one with the trained state. (`vmapped`
+      and `sharded` keep a state for each task of a meta-step; the first one is used.)
     schedule: the minibatches to adapt on, one inner step on each, from `cycling` or `replacement`.
     predict: `transductive`, `inductive` or any `(params, task) -> outputs`, which may return the
       outputs of several protocols.
@@ -113,7 +113,8 @@ def judge(
     processes that share the mesh must call it together.
 
   Raises:
-    ValueError: if a size is below 1, or the mesh has more than one axis.
+    ValueError: if a size is below 1, the mesh has more than one axis or one that is not of the type
+      Auto, or, when called, if a task has no test examples.
   """
   mesh = task_mesh() if mesh is None else mesh
   part = judge_part(
@@ -156,12 +157,17 @@ def judge_part(
 ) -> Callable[[MetaState, PRNGKey, int | jax.Array], Any]:
   """Evaluates a fixed number of tasks: the pure function that `judge` compiles and calls.
 
+  Args:
+    evaluate_task, sample_task, metric, mesh, chunk: as for `judge`.
+    num_tasks: the tasks in one call.
+
   Returns:
     `(MetaState, key, first) -> values`, to be jitted; the leaves of the values are
     `[num_tasks, ...]`.
 
   Raises:
-    ValueError: if a size is below 1, or the mesh has more than one axis.
+    ValueError: if a size is below 1, the mesh has more than one axis or one that is not of the type
+      Auto, or, when called, if a task has no test examples.
   """
   checks.at_least_one(num_tasks=num_tasks)
 

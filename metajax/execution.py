@@ -139,8 +139,9 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
   One all-reduce adds the gradients of all devices. The result does not depend on the number of
   devices, apart from rounding. If the inner optimizer is `carried`, each of the T places in the
   meta-batch keeps its state on the device that runs it. If the number of devices does not divide
-  `T`, the last task is repeated to fill the remaining places, which do not count. Episodes of your
-  own may be `T`, or as many as there are places, of which the first `T` count.
+  `T`, the last task is repeated to fill the remaining places, which do not count. If you make the
+  episodes yourself, their leading axis is `T`, or `T` rounded up to a multiple of the number of
+  devices; only the first `T` count.
 
   Args:
     num_tasks: `T`, the tasks of a meta-batch.
@@ -150,7 +151,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
 
   Raises:
     ValueError: if a size is below 1, the chunk is larger than the meta-batch, or the mesh has more
-      than one axis.
+      than one axis or one that is not of the type Auto.
   """
   checks.at_least_one(num_tasks=num_tasks)
   checks.chunk_of_tasks(chunk, num_tasks)

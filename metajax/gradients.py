@@ -49,7 +49,8 @@ class MetaGradient(NamedTuple):
       a new task: one inner step for each row of the schedule (int32 `[k, b]`). The key is for a
       loss that draws random numbers, else None.
 
-  `init` raises a ValueError if a parameter is not floating point. `estimate` and `adapt` raise one
+  `init` raises a ValueError if a parameter is not floating point, or the inner optimizer returns a
+  gradient as it is, or draws random numbers and is not `carried`. `estimate` and `adapt` raise one
   if the inner state, the episode or the value of the loss does not have the shape it should have.
   """
 
@@ -98,8 +99,8 @@ def fomaml(
   """First-order MAML: g_k = L_k'(U^{k-1}(phi)), Equation 4 with the Jacobian U' taken as I.
 
   Nothing is differentiated through the inner steps. L_k is the outer loss and does not pass
-  through the inner optimizer. If that one is `carried`, its state after `k - 1` steps is handed on.
-  With k = 1 there is no inner step: that is joint training on all tasks.
+  through the inner optimizer. If the inner optimizer is `carried`, its state after `k - 1` steps is
+  handed on. With k = 1 there is no inner step: that is joint training on all tasks.
 
   Args:
     loss_fn: `(params, batch) -> scalar`; see `inner_step` for metrics and keys.
@@ -132,8 +133,8 @@ def maml(
 ) -> MetaGradient:
   """MAML: d/dphi L_k(U^{k-1}(phi)), the full derivative through the inner steps (Equation 3).
 
-  Everything that happens within a task is differentiated through, including what a fresh inner
-  optimizer's state takes from phi. The state of a `carried` optimizer at the start of a task is
+  Everything that happens within a task is differentiated through. If the inner optimizer's first
+  state depends on phi, so is that. The state of a `carried` optimizer at the start of a task is
   held constant; its state after `k - 1` steps is handed on, as for `fomaml`. With k = 1 there is no
   inner step.
 
@@ -151,8 +152,10 @@ def maml(
       respect to anything but the parameters.
 
   Raises:
-    ValueError: in `init`, if the optimizer's update has no finite derivative at a zero gradient,
-      as Adam without `eps_root` (a gradient entry of exactly 0 would give NaN).
+    ValueError: in `init`, if JAX cannot differentiate the optimizer's update, as that of a line
+      search, or it has no finite derivative at a zero gradient, as Adam without `eps_root` (a
+      gradient entry of exactly 0 would give NaN); in mixed mode, if the meta-gradient is
+      differentiated with respect to anything but the parameters.
   """
 
   inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn

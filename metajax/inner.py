@@ -52,7 +52,8 @@ class Info(NamedTuple):
 
   Attributes:
     losses: L_i(phi_i), `[k]`.
-    metrics: what the losses returned beside their values, by name, `[k, ...]`; or None.
+    metrics: what the losses returned beside their values, by name, `[k, ...]`; or None. A metric
+      that only the inner loss returns is `[k - 1, ...]`, and one of the outer loss `[1, ...]`.
     skipped: the fraction of tasks that `skip_nonfinite` skipped, or None.
   """
 
@@ -179,7 +180,8 @@ def inner_step(
 
   Raises:
     ValueError: if the parameters are not floating point, the state is not theirs, the loss is not
-      a scalar, or the minibatch has no example.
+      a scalar, its metrics are not a dict of arrays, it needs a key and there is none, or the
+      minibatch has no example.
   """
   checks.floating_point(learner.params)
   checks.state_of("inner", jax.eval_shape(optimizer.init, learner.params), learner.opt_state)

@@ -107,18 +107,21 @@ def save(
   If several processes share the run, all of them call this together, and the first one writes.
 
   Args:
-    path: of the file, such as `digits.safetensors`.
+    path: of the file, which ends in `.safetensors`.
     learner: from `meta_learner`.
     state: its trained state.
     model: the network. One that `metajax.models` makes by name, such as `conv4`, is made again by
       `load`; any other must be given to `load` again, which compares its outputs for two made-up
       inputs.
     example_inputs: inputs `[n, ...]` of the shape and dtype that the network was trained on.
-    inner_optimizer: the name of one of optax's optimizers, such as `sgd`, `adam` or `rmsprop`, and
-      its arguments, as `{"name": "sgd", "learning_rate": 0.1}`. A chain cannot be saved.
+    inner_optimizer: the name of an optimizer of optax and its arguments, as `{"name": "sgd",
+      "learning_rate": 0.1}`: `adabelief`, `adadelta`, `adagrad`, `adam`, `adamax`, `adamw`, `adan`,
+      `amsgrad`, `lamb`, `lars`, `lion`, `nadam`, `nadamw`, `novograd`, `radam`, `rmsprop`, `rprop`,
+      `sgd`, `sign_sgd` or `yogi`. A chain cannot be saved.
     steps: the number of inner steps of an adaptation.
     batch_size: the examples in the minibatch of a step.
-    loss: as `{"name": "cross_entropy", "reduction": "mean"}`.
+    loss: as `{"name": "cross_entropy", "reduction": "mean"}`: `cross_entropy` or `squared_error`,
+      with the reduction `sum` or `mean`.
     frozen: inner steps do not move parameters whose names contain one of these strings.
     about: anything else that JSON can hold, such as class names, accuracy or data.
 
@@ -294,8 +297,10 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     model: the network, if it is the user's own; by default the one that the file names.
 
   Raises:
-    ValueError: if there is no such file, it is damaged, its numbers do not fit the network, or the
-      network computes something else than the one that was saved.
+    ValueError: if there is no such file, it is damaged, its numbers do not fit the network, the
+      network computes something else than the one that was saved, it was saved with a network of
+      the user's own and `model` is not given, or it has numbers of 64 bits and JAX is not set to
+      them.
   """
   path, recipe, arrays = read(path)
   if model is None:
@@ -312,7 +317,7 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
     if now is None or now.shape != arrays[_MADE_UP].shape or _apart(now, arrays[_MADE_UP]) > 0.1:
       raise ValueError(
         f"the network has other outputs than when {path} was saved, for the same inputs: load it "
-        "with the network that it was saved with, to its activations and the scale of its inputs"
+        "with the network that it was saved with, with the same activations and scale of inputs"
       )
   like = jax.eval_shape(partial(initial_state, _optimizer(recipe)), params)
   inner_state = filled(path, "inner", like, arrays)

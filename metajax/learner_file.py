@@ -66,7 +66,7 @@ def write(path: Path, recipe: Recipe, arrays: dict[str, Any]) -> None:
     content = json.loads(json.dumps(recipe._asdict(), default=_number))
   except TypeError as error:
     raise ValueError(
-      f"a recipe must be numbers, strings, lists and dicts of them ({error})"
+      f"inner_optimizer, loss and about must be numbers, strings, lists and dicts of them ({error})"
     ) from error
   checksums = {"crc32": _checksum(arrays), "recipe_crc32": _recipe_checksum(content)}
   header = json.dumps({"format": _FORMAT, "recipe": content, **checksums})

@@ -53,7 +53,7 @@ def squared_error(apply: Apply, *, reduction: Reduction) -> LossFn:
   def per_example(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     if outputs.shape != targets.shape:
       raise ValueError(
-        f"outputs {outputs.shape} and targets {targets.shape} must have the same shape"
+        f"outputs {outputs.shape} and targets {targets.shape} must have the same shape: reshape one"
       )
     squares = jnp.square(_wide(outputs) - _wide(targets))
     return jnp.sum(squares.reshape(outputs.shape[0], -1), axis=1)

@@ -153,7 +153,9 @@ def run(
 
 
 class Sweep(NamedTuple):
-  """Several runs side by side that differ in values or seeds; all leaves are `[R, ...]`.
+  """R runs side by side that differ in values or seeds.
+
+  All arrays that the functions take and return have a leading axis R.
 
   Attributes:
     init: `(values, params) -> MetaState`.
@@ -178,6 +180,9 @@ def sweep(
     sample_task: `key -> Task`, for all runs; equal keys draw equal tasks.
     make_episode: `(key, Task) -> Episode`, for all runs.
     num_steps: the number of meta-steps in one call of `Sweep.run`.
+
+  Returns:
+    The `Sweep`, whose functions are to be jitted.
 
   Raises:
     ValueError: if `num_steps` is below 1.

@@ -114,6 +114,9 @@ def train(
   than when the folder was trained, for example because the algorithm, a rate or the data has
   changed. Data that the samplers close over becomes an argument of the compiled programs.
 
+  A warning is also given if the sampler does not use its key, if no parameter has changed up to the
+  first report, or if all tasks between two reports were skipped.
+
   If parameters have fewer than 32 bits, as bfloat16 has, the first meta-step is also taken in
   float32. A warning is given if rounding changes its direction (a cosine below 0.9).
 
@@ -126,8 +129,9 @@ def train(
     num_steps: the meta-step at which training ends.
     report: is given a `Record` at the start, after every `report_every` meta-steps and at the end.
       It may return a score: the state with the highest score is kept, besides the newest ones.
-      It may raise `StoppedError` to end the run, and is given the record again on resuming. If
-      several processes share the run, it must return the same score, or raise, in all of them.
+      (The score of the report at the start is not used, nor one that is not finite.) It may raise
+      `StoppedError` to end the run, and is given the record again on resuming. If several processes
+      share the run, it must return the same score, or raise, in all of them.
     report_every: meta-steps between two reports.
     folder: of the checkpoints, or None to save nothing.
     steps_per_call: meta-steps in one compiled call, between two updates of the progress bar.
@@ -145,6 +149,7 @@ def train(
       newest checkpoint, no checkpoint of the folder can be restored, they are of a run with another
       key or more meta-steps, or `report` returns anything but a number or None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
+    KeyboardInterrupt: after Ctrl-C, as described above.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.
     OSError: if the folder or a checkpoint cannot be written, or the newest one cannot be read for a
       reason that may pass; earlier ones are kept.
@@ -480,8 +485,8 @@ def _diverged(infos: Info, step: int, kept: str) -> DivergedError:
   advice = "lower the inner or the outer rate"
   if first == 1 and not np.isfinite(infos.losses[0, 0]):
     advice = (
-      "its first loss is not finite, so see that inputs are, and that labels are from 0 to the "
-      "number of the network's outputs - 1"
+      "its first loss is not finite, so see that the inputs are finite, and that labels are from 0 "
+      "to the number of the network's outputs - 1"
     )
   return DivergedError(
     f"training diverged at meta-step {first}, its parameters are not finite: {advice} ({kept})"

@@ -30,8 +30,8 @@ class Task(NamedTuple):
   Attributes:
     train: to adapt on.
     test: to test on.
-    classes: for classification int32 `[ways]`, the number that the class of each label has in the
-      data set; None where that is not known.
+    classes: for classification int32 `[ways]`: for each label, the number of its class in the
+      `Classes` that the task was drawn from. None where that is not known.
   """
 
   train: Examples

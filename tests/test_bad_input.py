@@ -70,7 +70,7 @@ FEW_SHOT = [
   ("idle weights", {"weights": (1.0, 1.0)}, "--weights and --algorithm=combine go together"),
   ("few weights", {**COMBINE, "weights": (1.0,)}, "1 numbers for --inner_steps=2: give one for"),
   ("infinite weight", {**COMBINE, "weights": (1, float("inf"))}, "--weights=1,inf must be numbers"),
-  ("huge weight", {**COMBINE, "weights": (1.0, 1e99)}, "weights must be k finite numbers"),
+  ("huge weight", {**COMBINE, "weights": (1.0, 1e99)}, "weights must be a vector of finite"),
   ("negative seed", {"seed": -1}, "--seed=-1 must be at least 0"),
   ("seed too large", {"seed": 2**32}, r"--seed=4294967296 must be below 2\^32"),
   ("no meta-steps", {"meta_steps": 0}, "--meta_steps=0 must be at least 1"),

@@ -200,7 +200,7 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_used(
     equal(found.state, states[int(found.state.step) - 1])
     if found.state.step == 2:
       passed_over += 1
-      said = [str(one.message) for one in caught if "is damaged: " in str(one.message)]
+      said = [str(one.message) for one in caught if "is passed over" in str(one.message)]
       assert len(said) == 1 and "\n" not in said[0] and "checkpoint 3 of" in said[0]
     else:
       assert found.state.step == 3  # a file that the numbers do not come from
@@ -244,7 +244,7 @@ def test_what_turns_out_to_be_damaged_after_a_save_is_replaced_by_the_next(tmp_p
       time.sleep(0.01)
     for file in files_of(tmp_path / "2"):
       file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="checkpoint 2 of .* is damaged"):
+    with pytest.warns(UserWarning, match="checkpoint 2 of .* is passed over"):
       equal(saved.restore(START).state, states[0])
     saved.save(states[1])
   equal(restored(tmp_path).state, states[1])

@@ -247,7 +247,7 @@ def test_what_a_loss_asks_for():
   step = lambda loss, *key: metajax.inner_step(
     loss, optax.sgd(RATE), metajax.LearnerState(params, optax.sgd(RATE).init(params)), batch, *key
   )[1]
-  with pytest.raises(ValueError, match="the loss asks for a key, and the episode has none: make"):
+  with pytest.raises(ValueError, match="the loss asks for a key, and was given none: give"):
     step(noisy)
   scaled = lambda params, batch, scale=2.0: scale * problems.softmax_loss()(params, batch)
   plain = lambda params, batch, key=None: problems.softmax_loss()(params, batch) + (key is not None)

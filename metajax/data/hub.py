@@ -29,8 +29,9 @@ def from_tfds(
   """Reads a data set of TensorFlow Datasets with features `image` and `label`.
 
   The images of all its splits are put together, and then its classes are divided. An image that
-  occurs twice in a class is kept once. The data set is downloaded and prepared when it is first
-  used; TensorFlow itself may be needed for that.
+  occurs twice in a class is kept once, and one without a label is left out, with a warning. The
+  data set is downloaded and prepared when it is first used; TensorFlow itself may be needed for
+  that.
 
   Args:
     name: such as `"cifar100"`, or a builder.
@@ -49,6 +50,7 @@ def from_tfds(
     DataError: if there is no such data set, it cannot be downloaded or prepared, or it has no
       images with labels.
     ImportError: if TensorFlow is needed to prepare it and is not installed.
+    ValueError: if the size, the mode or the division into classes is impossible.
   """
   import tensorflow_datasets as tfds
 
@@ -92,7 +94,8 @@ def from_huggingface(
   """Reads a data set of images with labels by the library `datasets` of Hugging Face.
 
   The images of all its splits are put together, and then its classes are divided. An image that
-  occurs twice in a class is kept once. The library is an extra of metajax.
+  occurs twice in a class is kept once, and one without a label is left out, with a warning. The
+  library is an extra of metajax.
 
   Args:
     name: on the Hugging Face hub, such as `"uoft-cs/cifar100"`, or what `datasets.load_dataset` or
@@ -110,8 +113,10 @@ def from_huggingface(
     Splits with inputs uint8 `[m, height, width, channels]`.
 
   Raises:
-    DataError: if there are no such columns.
+    DataError: if there are no such columns, an image cannot be read, a label is no number or name,
+      or no image has a label.
     ImportError: if the library is not installed.
+    ValueError: if the size, the mode or the division into classes is impossible.
   """
   form = format_of(size, mode)
   try:

@@ -44,8 +44,9 @@ def from_linen(module: nn.Module, example_inputs: Any) -> Model:
     example_inputs: an array (or a pytree of arrays) of the inputs' shape, `[n, ...]`.
 
   Raises:
-    ValueError: in `init`, if the module has state, such as `nn.BatchNorm`'s running statistics; in
-      `apply`, if the parameters or the inputs do not have the shapes that the module expects.
+    ValueError: if it is no module; in `init`, if it has state, such as `nn.BatchNorm`'s running
+      statistics; in `apply`, if it draws random numbers, as dropout does while it trains, or if the
+      parameters or the inputs do not have the shapes that the module expects.
   """
 
   if not isinstance(module, nn.Module):
@@ -83,7 +84,7 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
       inputs.
 
   Raises:
-    ValueError: in `init`, if the module has state besides parameters.
+    ValueError: if `make` is no function; in `init`, if the module has state besides parameters.
   """
   from flax import nnx
 
@@ -137,7 +138,8 @@ def from_equinox(make: Callable[[PRNGKey], Any]) -> Model:
     make: a function from a key to a module.
 
   Raises:
-    ValueError: in `init`, if the module has arrays that are not floating point.
+    ValueError: if `make` is no function; in `init`, if the module has arrays that are not floating
+      point.
   """
   import equinox as eqx
 

@@ -252,6 +252,9 @@ def conv4(
 
   Returns:
     A model of images `[n, height, width, channels]`, floats from 0 to 1, or uint8.
+
+  Raises:
+    ValueError: if a size is below 1, or an option has another value than those above.
   """
   return _images(
     _image(size, channels), ways, filters, downsample=downsample, head=head, method=method
@@ -276,6 +279,9 @@ def omniglot(
 
   Returns:
     A model of images `[n, 28, 28, 1]`, floats from 0 to 1, or uint8.
+
+  Raises:
+    ValueError: if a size is below 1, or an option has another value than those above.
   """
   return _images((28, 28, 1), ways, filters, downsample=downsample, method=method)
 
@@ -291,6 +297,9 @@ def mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = None)
 
   Returns:
     A model of images `[n, 84, 84, 3]`, floats from 0 to 1, or uint8.
+
+  Raises:
+    ValueError: if a size is below 1, or an option has another value than those above.
   """
   return _images((84, 84, 3), ways, filters, downsample="pool", method=method)
 
@@ -302,7 +311,7 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
   It differs from `omniglot` in that it inverts images, so that ink is 1 and paper 0, that the dense
   layer takes the mean over positions, that its kernel is initialized from N(0, 1), and that batch
   normalization has no scales. Finn et al. do not adapt the offsets of batch normalization:
-  `metajax.variants.only` does the same.
+  `metajax.variants.only` does the same. Arguments and inputs are those of `omniglot`.
   """
   return _images(
     (28, 28, 1),
@@ -322,7 +331,8 @@ def finn_mini_imagenet(ways: int, *, filters: int = 32, method: Method | None = 
 
   It differs from `mini_imagenet` in that pooling drops odd rows and columns, which leaves 5 x 5
   positions instead of 6 x 6, and that batch normalization has no scales. Finn et al. do not adapt
-  the offsets of batch normalization: `metajax.variants.only` does the same.
+  the offsets of batch normalization: `metajax.variants.only` does the same. Arguments and inputs
+  are those of `mini_imagenet`.
   """
   return _images(
     (84, 84, 3),
@@ -355,6 +365,9 @@ def resnet12(
 
   Returns:
     A model of images `[n, height, width, channels]`, floats from 0 to 1, or uint8.
+
+  Raises:
+    ValueError: if a size is below 1, or an option has another value than those above.
   """
   checks.at_least_one(ways=ways, **{f"filters {i}": width for i, width in enumerate(filters)})
   network = ResNet(ways, tuple(filters), method)
@@ -390,6 +403,10 @@ def sine(
   activation: Literal["relu", "tanh", "gelu", "silu"] = "tanh",
 ) -> Model:
   """The paper's regression network, 1-64-64-1: inputs `[n, 1]` to outputs `[n, 1]`.
+
+  Args:
+    features: the width of each layer, the last one that of the outputs.
+    activation: between the layers.
 
   Raises:
     ValueError: if there is no layer, a layer without units, or no such activation.
