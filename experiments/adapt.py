@@ -49,6 +49,12 @@ def program(adaptation: Adaptation) -> Callable[[], Any]:
   out = Path(adaptation.out).expanduser()
   if out.suffix != ".csv" or not out.parent.is_dir():
     raise ValueError(f"--out={out} must end in .csv, in a folder that exists")
+  for name, given in (("labelled", labelled), ("unlabelled", unlabelled)):
+    if out.resolve().is_relative_to(Path(given).expanduser().resolve()):
+      raise ValueError(
+        f"--out={out} lies in --{name}={given}, where its picture would be read as an image: give "
+        "another folder"
+      )
   learned = metajax.load(learner)
   known = _images(learned, labelled, adaptation)
   others = _images(learned, unlabelled, adaptation)
@@ -60,7 +66,8 @@ def program(adaptation: Adaptation) -> Callable[[], Any]:
     )
   labels = [name.split("/")[0] for name in known.names]
   for folder in sorted(Path(labelled).expanduser().iterdir()):
-    if folder.is_dir() and not folder.name.startswith(".") and folder.name not in labels:
+    system = folder.name.startswith(".") or folder.name in ("__MACOSX", "@eaDir")
+    if folder.is_dir() and not system and folder.name not in labels:
       raise ValueError(f"{folder} has no image: add images of that class, or remove the folder")
 
   def run() -> None:

@@ -118,7 +118,7 @@ REFUSALS = [
   (
     {"ways": 3, "eval_shots": (4,), "train_shots": 5},
     r"pictures\d is too small: a task takes 5 examples .* train class 'c' has 4: lower "
-    r"--train_shots, or raise --min_examples; it has 2 test classes: lower --ways=3; "
+    r"--train_shots, or raise --min_examples; it has 2 test classes: lower --ways=3, or divide .*; "
     "a task takes 5 .* test",
   ),
   ({"min_examples": 9}, "no class has 9 examples"),
@@ -159,10 +159,12 @@ def test_adaptations_that_do_not_fit_are_refused(pictures, run, tmp_path, change
 def test_a_labelled_folder_is_of_folders_of_images(pictures, run, tmp_path):
   for name in ("a", "b"):
     shutil.copytree(pictures / name, tmp_path / "few" / name)
+  shutil.copytree(tmp_path / "few", tmp_path / "above" / "few")
   (tmp_path / "few" / "c").mkdir()
   for labelled, pattern in (
     (tmp_path / "few", "few/c has no image: add images of that class, or remove the folder"),
-    (tmp_path, r"few/a/\d.png, which is not CLASS/IMAGE: it should hold a folder"),
+    (tmp_path / "above", r"few/a/\d.png, which is not CLASS/IMAGE: it should hold a folder"),
+    (tmp_path, r"x.csv lies in --labelled=.*, where its picture would be read as an image"),
   ):
     with pytest.raises(ValueError, match=pattern):
       adapt.program(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import re
 import runpy
 import subprocess
@@ -571,8 +572,9 @@ def test_class_folders_without_images_are_refused(tmp_path):
   (tmp_path / "train" / "n05" / "a.jpg").symlink_to("/nowhere")
   refused(read, "a.jpg cannot be read .*: replace it")
   (tmp_path / "train" / "n05" / "a.jpg").unlink()
-  (tmp_path / "train" / "n05" / "a.jpg").write_bytes(bytes(files._MAX_FILE_BYTES + 1))
-  refused(read, "a.jpg is over 16 MiB")
+  (tmp_path / "train" / "n05" / "a.jpg").touch()
+  os.truncate(tmp_path / "train" / "n05" / "a.jpg", files._MAX_OWN_BYTES + 1)
+  refused(read, "a.jpg is over 1024 MiB")
 
 
 # The cache
@@ -774,14 +776,14 @@ SHARED, HELD_BACK = EPISODE_OF["shared_tail"], EPISODE_OF["separate_tail"]
 
 CALLS = [
   ("weights: few", lambda: combined([1.0, 1.0]), "2 weights for .* k = 3 losses: give 3"),
-  ("weights: none", lambda: combined([]), "k finite numbers"),
-  ("weights: infinite", lambda: combined([1, 1, np.inf]), "k finite numbers"),
-  ("weights: infinite in float32", lambda: combined([1, 1, 1e99]), "k finite numbers"),
-  ("weights: text", lambda: combined(["a", "b", "c"]), "k finite numbers"),
-  ("weights: complex", lambda: combined([1j, 1, 1]), "k finite numbers"),
-  ("weights: ragged", lambda: combined([[1], [1, 2]]), "k finite numbers"),
-  ("weights: not int32", lambda: combined([2**40, 1, 1]), "k finite numbers"),
-  ("weights: a traced matrix", lambda: jax.jit(combined)(jnp.ones((3, 1))), "k finite numbers"),
+  ("weights: none", lambda: combined([]), "vector of finite"),
+  ("weights: infinite", lambda: combined([1, 1, np.inf]), "vector of finite"),
+  ("weights: infinite in float32", lambda: combined([1, 1, 1e99]), "vector of finite"),
+  ("weights: text", lambda: combined(["a", "b", "c"]), "vector of finite"),
+  ("weights: complex", lambda: combined([1j, 1, 1]), "vector of finite"),
+  ("weights: ragged", lambda: combined([[1], [1, 2]]), "vector of finite"),
+  ("weights: not int32", lambda: combined([2**40, 1, 1]), "vector of finite"),
+  ("weights: a traced matrix", lambda: jax.jit(combined)(jnp.ones((3, 1))), "vector of finite"),
   ("stepsize: zero", lambda: metajax.reptile(LOSS, SGD, stepsize=0), "must be positive and finite"),
   (
     "stepsize: infinite",
@@ -937,7 +939,7 @@ CALLS = [
   (
     "vmapped: one task's state",
     lambda: lifted(metajax.vmapped, ADAM.init(PHI)),
-    "the inner state must have a leading axis of 4, .* that init returned",
+    "the inner state must have a leading axis of 4, .* and a state that init of",
   ),
   ("serial: lengths differ", lambda: in_turn(), "episodes must have a leading axis of 2"),
   ("serial: fewer episodes", lambda: lifted(metajax.serial), "episodes must have a leading .* 4"),

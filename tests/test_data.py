@@ -1,8 +1,10 @@
+import errno
 import functools
 import http.server
 import io
 import itertools
 import os
+import shutil
 import sys
 import tarfile
 import threading
@@ -327,7 +329,7 @@ def test_images_of_the_right_size_are_opaque_and_have_8_bits():
 
 def test_two_programs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
   for name in "abc":
-    write_image(tmp_path / "images" / name / "0.bmp", 10, (4, 4), mode="L")
+    write_image(tmp_path / "images" / name / "0.bmp", ord(name), (4, 4), mode="L")
   both_have_written, write = threading.Barrier(2, timeout=60), np.savez
 
   def savez(*args, **arrays):
@@ -354,14 +356,15 @@ def test_two_folders_that_look_alike_are_read_apart(tmp_path):
     folder = tmp_path / str(shade) / "images"
     for name in "abc":
       for i in range(2):
-        write_image(folder / name / f"{i}.bmp", shade, (4, 4), mode="L")
+        shown = shade + 2 * "abc".index(name) + i
+        write_image(folder / name / f"{i}.bmp", shown, (4, 4), mode="L")
     for path in folder.rglob("*"):
       os.utime(path, (0, 0))
     splits = metajax.data.from_folder(
       folder, size=(4, 4), mode="L", test=1, validation=0, cache_dir=tmp_path / "cache"
     )
-    found.append(int(np.max(splits.train.inputs)))
-  assert found == [10, 200]
+    found.append(int(np.max(splits.train.inputs)) // 100)
+  assert found == [0, 2]
 
 
 def test_mini_imagenet_from_class_folders(mini, tmp_path):
@@ -407,7 +410,7 @@ def messy(tmp_path):
   folder = tmp_path / "messy"
   for name, count in zip("abcdef", (5, 4, 3, 4, 3, 1), strict=True):
     for i in range(count):
-      write_image(folder / name / f"{i}.png", (200, 100, 50), (30 + i, 20))
+      write_image(folder / name / f"{i}.png", (200, 100 + i, ord(name)), (30 + i, 20))
   write_image(folder / "a" / "gray.jpg", 128, (64, 64), mode="L")
   write_image(folder / "b" / "clear.PNG", (0, 0, 0, 0), (8, 8), mode="RGBA")
   (folder / "c" / "broken.png").write_bytes(b"no image")
@@ -438,10 +441,11 @@ def test_a_messy_folder(messy, tmp_path):
     metajax.data.from_folder(messy, **options)
   with pytest.warns(UserWarning, match=r"c/gone\.png cannot be read"):
     metajax.data.from_folder(messy, **options, unreadable="skip")
-  (messy / "c" / "large.png").write_bytes(bytes(files._MAX_FILE_BYTES + 1))
-  with pytest.raises(DataError, match=r"c/large\.png is over 16 MiB"):
+  (messy / "c" / "large.png").touch()
+  os.truncate(messy / "c" / "large.png", files._MAX_OWN_BYTES + 1)
+  with pytest.raises(DataError, match=r"c/large\.png is over 1024 MiB"):
     metajax.data.from_folder(messy, **options)
-  with pytest.warns(UserWarning, match=r"c/large\.png is over 16 MiB"):
+  with pytest.warns(UserWarning, match=r"c/large\.png is over 1024 MiB"):
     metajax.data.from_folder(messy, **options, unreadable="skip")
   for path in messy.glob("[a-z]/*.*"):
     path.write_bytes(b"no image")
@@ -454,14 +458,14 @@ def test_a_messy_folder(messy, tmp_path):
   }
   assert np.all(everything["b"][-1] == 255)  # what is transparent is white
   assert np.all(everything["a"][-1] == 128)
-  assert np.all(everything["c"] == (200, 100, 50))
+  assert np.all(everything["c"][..., 0] == 200) and np.all(everything["c"][..., 2] == ord("c"))
 
 
 def test_names_need_not_be_unicode(tmp_path):
   """As old archives leave them, whose names were in Latin-1."""
   name = os.fsdecode(b"caf\xe9")
   for label in (name, "b"):
-    write_image(tmp_path / "images" / label / "0.png", 10, (4, 4), mode="L")
+    write_image(tmp_path / "images" / label / "0.png", len(label), (4, 4), mode="L")
   options = {"size": 4, "mode": "L", "test": 1, "validation": 0, "cache_dir": tmp_path / "cache"}
   for _ in range(2):  # decoded, and from the cache
     splits = metajax.data.from_folder(tmp_path / "images", **options)
@@ -510,7 +514,7 @@ def test_links_to_folders_are_followed_and_end(tmp_path):
 
 def test_folders_that_are_divided_already(tmp_path):
   for name in ("train/a", "train/b", "test/c", "val/d"):
-    write_image(tmp_path / "data" / name / "x.png", 7, (4, 4), mode="L")
+    write_image(tmp_path / "data" / name / "x.png", ord(name[-1]), (4, 4), mode="L")
   load = lambda: metajax.data.from_folder(
     tmp_path / "data", size=4, mode="L", cache_dir=tmp_path / "cache"
   )
@@ -523,8 +527,84 @@ def test_folders_that_are_divided_already(tmp_path):
     load()
   (tmp_path / "data" / "more").rmdir()
   write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
+  with pytest.raises(DataError, match=r"class a is in train and in test: .* merge them into one"):
+    load()
+
+
+def test_what_is_wrong_with_a_folder_is_said_before_images_are_decoded(tmp_path, monkeypatch):
+  for name in ("train/a", "test/b"):
+    write_image(tmp_path / "data" / name / "x.png", ord(name[-1]), (4, 4), mode="L")
+  load = lambda **options: metajax.data.from_folder(
+    tmp_path / "data", size=4, mode="L", cache_dir=tmp_path / "cache", **options
+  )
+  monkeypatch.setattr(class_folders, "decode_image", lambda *_, **__: pytest.fail("it decodes"))
+  (tmp_path / "data" / "train" / "b").mkdir()
+  with pytest.raises(DataError, match="train/b has no image"):
+    load()
+  (tmp_path / "data" / "train" / "b").rmdir()
+  write_image(tmp_path / "data" / "test" / "a" / "y.png", 7, (4, 4), mode="L")
   with pytest.raises(DataError, match="class a is in train and in test"):
     load()
+  shutil.rmtree(tmp_path / "data" / "test" / "a")
+  (tmp_path / "cache").write_text("no folder")
+  with pytest.raises(DataError, match=r"cache .* cannot be written"):
+    load()
+  (tmp_path / "cache").unlink()
+  (tmp_path / "data" / "test").rename(tmp_path / "data" / "testing")
+  with pytest.raises(DataError, match=r"not CLASS/IMAGE: .* they are train, test and, if you like"):
+    load()
+
+
+def test_a_full_disk_loses_no_decoded_images(tmp_path, monkeypatch):
+  for name in "ab":
+    write_image(tmp_path / "data" / name / "x.png", ord(name), (4, 4), mode="L")
+
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(np, "savez", full)
+  options = {"size": 4, "mode": "L", "test": 1, "validation": 0, "cache_dir": tmp_path / "cache"}
+  with pytest.warns(UserWarning, match="No space left .*; the images are decoded again next time"):
+    splits = metajax.data.from_folder(tmp_path / "data", **options)
+  assert {*splits.train.names, *splits.test.names} == {"a", "b"}
+
+
+def test_files_that_are_no_images_leave_the_cache_as_it_is(tmp_path):
+  folder = tmp_path / "data"
+  for name in "ab":
+    write_image(folder / name / "x.jfif", ord(name), (4, 4), mode="L", format="JPEG")
+  options = {"size": 4, "mode": "L", "test": 1, "validation": 0, "cache_dir": tmp_path / "cache"}
+  metajax.data.from_folder(folder, **options)
+  (folder / "a" / ".DS_Store").write_text("of the system")
+  (folder / "notes.txt").write_text("of the user")
+  (folder / "__MACOSX" / "a").mkdir(parents=True)
+  metajax.data.from_folder(folder, **options)
+  assert len(list((tmp_path / "cache").iterdir())) == 1
+  (folder / "a" / "phone.heic").write_bytes(b"of a phone")
+  with pytest.warns(UserWarning, match=r"1 files below .* their types \(.heic\) are not read"):
+    metajax.data.from_folder(folder, **options)
+
+
+def test_images_that_occur_twice_are_left_out_or_warned_of(tmp_path):
+  folder = tmp_path / "data"
+  for name, color in (("a/0", 1), ("a/1", 2), ("a/1 (copy)", 2), ("b/0", 3), ("c/0", 3)):
+    write_image(folder / f"{name}.png", color, (4, 4), mode="L")
+  options = {"size": 4, "mode": "L", "test": 1, "validation": 0, "cache_dir": tmp_path / "cache"}
+  with pytest.warns(UserWarning) as warned:
+    splits = metajax.data.from_folder(folder, **options)
+  said = " ".join(str(one.message) for one in warned)
+  assert "1 images are left out, since their class has the same" in said
+  assert "some images (1) are in several classes, as in b and c" in said
+  assert sum(len(part.inputs) for part in (splits.train, splits.test)) == 4
+
+
+def test_an_image_with_damaged_metadata_is_read_as_it_is(tmp_path, monkeypatch):
+  def damaged(image):
+    raise SyntaxError("not a TIFF file")
+
+  write_image(tmp_path / "a.png", 7, (4, 4), mode="L")
+  monkeypatch.setattr(files.ImageOps, "exif_transpose", damaged)
+  assert np.all(metajax.data.read_images(tmp_path, size=4, mode="L").images == 7)
 
 
 # Data on the host
@@ -790,6 +870,15 @@ def test_data_of_tfds_that_cannot_be_downloaded_is_one_line():
     metajax.data.from_tfds(builder, size=4)
 
 
+def test_an_image_that_the_library_of_a_hub_cannot_read_is_named():
+  def records():
+    yield np.zeros((4, 4), np.uint8), 0
+    raise OSError("broken data stream")
+
+  with pytest.raises(DataError, match=r"image 1 cannot be read \(broken data stream\): leave it"):
+    hub._splits(records(), ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+
+
 def test_images_of_a_hub_without_a_label_are_left_out():
   labels = (0, 1, 2, -1, None, 1)
   pairs = [(np.full((4, 4), number, np.uint8), label) for number, label in enumerate(labels)]
@@ -807,8 +896,11 @@ def test_images_that_a_hub_has_twice_are_there_once():
   """Its splits may overlap, and then a task would be tested by examples that it adapted to."""
   image = lambda number: np.full((4, 4), number, np.uint8)
   pairs = [(image(number), label) for number, label in ((0, 0), (1, 0), (0, 1), (0, 0), (1, 0))]
-  with pytest.warns(UserWarning, match="2 images are left out, since their class has the same"):
+  with pytest.warns(UserWarning) as warned:
     splits = hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+  said = [str(one.message) for one in warned]
+  assert said[0].startswith("2 images are left out, since their class has the same")
+  assert "some images (1) are in several classes, as in a and b" in said[1] and len(said) == 2
   found = {part.names[0]: np.asarray(part.inputs) for part in (splits.train, splits.test)}
   assert found["a"][:, 0, 0, 0].tolist() == [0, 1] and found["b"][:, 0, 0, 0].tolist() == [0]
 

@@ -1,12 +1,16 @@
 """Images in class folders, `CLASS/IMAGE.png`, decoded once and kept in the cache."""
 
+import errno
+import hashlib
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metajax.data import few_shot
@@ -19,13 +23,17 @@ from metajax.data.files import (
   existing_directory,
   files_below,
   fingerprint,
+  is_hidden,
   read_archive,
   read_file,
   unwritable,
 )
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_OTHERS = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".psd")  # images, not read here
+_PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")  # in other data too
+_CACHE = 2  # the version of the cache, to be raised when images are decoded in another way
 _CHANNELS = {"L": 1, "RGB": 3}
 Mode = Literal["L", "RGB"]
 
@@ -69,8 +77,10 @@ def from_folder(
   The folder holds either the class folders (`CLASS/IMAGE.png`) or the folders `train`, `test` and
   perhaps `val` (or `valid`, `validation`), which hold class folders. In the first case, classes are
   divided at random into training, validation and test classes. Images are PNG, JPEG, BMP, GIF, WebP
-  or TIFF; hidden files and files of other types are passed over. They are decoded once and kept in
-  the cache.
+  or TIFF, of 8 bits a channel; of several frames or pages, the first one counts. Hidden files and
+  files of other types are passed over. Images are decoded once and kept in the cache. An image that
+  occurs twice in a class is kept once, with a warning, since a task must not be tested by what it
+  learns.
 
   Args:
     path: the folder.
@@ -99,20 +109,55 @@ def from_folder(
   sources = _parts(folder) if divided else {"all": [folder]}
   prepared = decoded(folder, sources, "folder", form, cache_dir, skip=unreadable == "skip")
   _warn([line for part in prepared.values() for line in part.unreadable])
+  _warn_of_other_types(folder)
+  kept = without_repeats([(images.pixels, images.labels) for images in prepared.values()])
   classes = {
-    part: few_shot.from_arrays(images.pixels, images.labels, min_examples=min_examples)
-    for part, images in prepared.items()
+    part: few_shot.grouped(pixels, labels, min_examples=min_examples)
+    for part, (pixels, labels) in zip(prepared, kept, strict=True)
   }
-  if divided:
-    return Splits(classes["train"], classes.get("val"), classes["test"])
-  return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
+  if not divided:
+    return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
+  on_device = {part: jax.tree.map(jnp.asarray, found) for part, found in classes.items()}
+  return Splits(on_device["train"], on_device.get("val"), on_device["test"])
+
+
+def without_repeats(
+  parts: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Images and labels of the parts of a data set, without images that their class has already.
+
+  A warning says how many are left out, and how many images occur in several classes.
+  """
+  classes_of: dict[bytes, set[str]] = {}
+  kept, repeated = [], 0
+  for pixels, labels in parts:
+    new = np.ones(len(labels), bool)
+    for row, label in enumerate(labels.tolist()):
+      content = hashlib.blake2b(pixels[row].tobytes(), digest_size=16).digest()
+      found = classes_of.setdefault(content, set())
+      new[row] = label not in found
+      found.add(label)
+    repeated += np.sum(~new)
+    kept.append((pixels, labels) if new.all() else (pixels[new], labels[new]))
+  if repeated:
+    warnings.warn(
+      f"{repeated} images are left out, since their class has the same image already", stacklevel=3
+    )
+  shared = [sorted(found, key=str) for found in classes_of.values() if len(found) > 1]
+  if shared:
+    warnings.warn(
+      f"some images ({len(shared)}) are in several classes, as in {shared[0][0]} and "
+      f"{shared[0][1]}: see that they are labelled as you mean",
+      stacklevel=3,
+    )
+  return kept
 
 
 def _parts(folder: Path) -> dict[str, list[Path]]:
   """The folders of training, validation and test classes."""
   parts: dict[str, list[Path]] = {}
   for path in sorted(folder.iterdir()):
-    if path.is_dir() and not path.name.startswith("."):
+    if path.is_dir() and not is_hidden(path):
       part = "val" if path.name in ("valid", "validation") else path.name
       if part not in SPLITS or part in parts:
         raise DataError(
@@ -160,6 +205,7 @@ def read_images(
   if unreadable == "refuse":
     _refuse(bad, form)
   _warn(bad)
+  _warn_of_other_types(folder)
   if not found:
     raise DataError(f"there is no image below {folder}: see that it is the right folder")
   return NamedImages([str(name) for name in found], np.stack(list(found.values())))
@@ -223,23 +269,69 @@ def decoded(
   kind = "x".join(map(str, form.shape))
   skipped = "-skipped" if skip else ""
   home = cache_directory(cache_dir)
-  cache = home / f"{name}-{kind}{skipped}-{fingerprint(folder, files)}.npz"
+  cache = home / f"{name}-{_CACHE}-{kind}{skipped}-{fingerprint(folder, files)}.npz"
   if cache.is_file():
     return load_cache(cache, form)
+  _check_folders(sources, form)
+  _check_writable(home)  # before the images are decoded, which takes long
   parts = {part: _decode(paths, part, form) for part, paths in sources.items() if paths}
   bad = [line for images in parts.values() for line in images.unreadable]
   if not skip:
     _refuse(bad, form)
+  _check_disjoint({part: np.unique(images.labels) for part, images in parts.items()})
+  try:
+    _save(cache, parts)
+  except DataError as error:  # as a full disk
+    warnings.warn(f"{error}; the images are decoded again next time", stacklevel=3)
+  return parts
+
+
+def _check_writable(home: Path) -> None:
+  try:
+    home.mkdir(parents=True, exist_ok=True)
+    if not os.access(home, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as error:
+    raise unwritable(home, error) from error
+
+
+def _check_folders(sources: dict[str, list[Path]], form: Format) -> None:
+  """Checks the names in folders. What is in an archive is known when it has been read."""
+  classes: dict[str, set[str]] = {}
+  for part, paths in sources.items():
+    for source in paths:
+      if source.is_dir():
+        empty = _empty_classes(source)
+        if empty:
+          raise DataError(
+            f"{empty[0]} has no image: add the images of that class, or remove the folder"
+          )
+        for name, _ in files_below(source, SUFFIXES):
+          _check_place(source, name, form)
+          classes.setdefault(part, set()).add(name.parts[0])
+  _check_disjoint(classes)
+
+
+def _check_place(source: Path, name: PurePosixPath, form: Format) -> None:
+  if len(name.parts) != 2:
+    divided = "; if it is divided into parts, they are train, test and, if you like, val"
+    raise DataError(
+      f"{source} holds {name}, which is not CLASS/IMAGE: it should hold {form.layout}"
+      + (divided if name.parts[0].lower() in _PARTS else "")
+    )
+
+
+def _check_disjoint(classes: Mapping[str, Iterable[str]]) -> None:
+  """Checks that no class is in two parts."""
   part_of: dict[str, str] = {}
-  for part, images in parts.items():
-    for label in np.unique(images.labels).tolist():
+  for part, labels in classes.items():
+    for label in sorted(labels):
       if part_of.setdefault(label, part) != part:
         raise DataError(
           f"class {label} is in {part_of[label]} and in {part}: classes of different splits must "
-          "be disjoint, so remove it from one"
+          "be disjoint, so remove it from one; or, if all parts have the same classes, merge them "
+          "into one folder of class folders, which are then divided for you"
         )
-  _save(cache, parts)
-  return parts
 
 
 def decode_source(
@@ -275,7 +367,12 @@ def decode_source(
 
 def _files(sources: list[Path]) -> Iterator[Path]:
   for source in sources:
-    yield from (all_below(source) if source.is_dir() else [source])
+    if not source.is_dir():
+      yield source
+      continue
+    for path in all_below(source):
+      if path.suffix.lower() in SUFFIXES or not path.is_file():
+        yield path
 
 
 def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, Path | bytes]]:
@@ -291,7 +388,7 @@ def _read(source: Path, part: str) -> Iterator[tuple[PurePosixPath, Path | bytes
 def _empty_classes(folder: Path) -> list[Path]:
   """Class folders without an image. In an archive, these cannot be detected."""
   classes = (path for path in sorted(folder.iterdir()) if path.is_dir())
-  visible = (path for path in classes if not path.name.startswith("."))
+  visible = (path for path in classes if not is_hidden(path))
   return [path for path in visible if not any(files_below(path, SUFFIXES))]
 
 
@@ -300,23 +397,14 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
   images: dict[PurePosixPath, np.ndarray] = {}
   bad: list[str] = []
   for source in paths:
-    empty = _empty_classes(source) if source.is_dir() else []
-    if empty:
-      raise DataError(
-        f"{empty[0]} has no image: add the images of that class, or remove the folder"
-      )
     found, unreadable = decode_source(source, form, part)
     for name in found:
-      if len(name.parts) != 2:
-        divided = "; if it is divided into parts, they are train, test and, if you like, val"
-        raise DataError(
-          f"{source} holds {name}, which is not CLASS/IMAGE: it should hold {form.layout}"
-          + (divided if name.parts[0] in (*SPLITS, "valid", "validation") else "")
-        )
+      _check_place(source, name, form)
       if name in images:
         raise DataError(f"{source} holds {name} a second time: keep one of the two")
     images |= found
     bad += unreadable
+    del found  # of these images, only `images` is to know below
   if not images and bad:
     raise DataError(_listed(bad))
   if not images:
@@ -351,6 +439,17 @@ def _warn(bad: list[str]) -> None:
     warnings.warn(f"images are skipped: {_listed(bad)}", stacklevel=3)
 
 
+def _warn_of_other_types(folder: Path) -> None:
+  others = [path for path in all_below(folder) if path.suffix.lower() in _OTHERS]
+  if others:
+    kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
+    warnings.warn(
+      f"{len(others)} files below {folder} are passed over, since their types ({kinds}) are not "
+      "read: convert them to PNG or JPEG",
+      stacklevel=3,
+    )
+
+
 def _save(cache: Path, parts: dict[str, Images]) -> None:
   """Writes a temporary file, and renames it to `cache` when it is complete."""
   arrays: dict[str, Any] = {}
@@ -382,7 +481,11 @@ def load_cache(cache: Path, form: Format) -> dict[str, Images]:
     with cache.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
       parts = [name.removesuffix("_images") for name in file if name.endswith("_images")]
       return {part: _checked(file, part, form) for part in _in_order(parts)}
-  except Exception as error:  # whatever the cause, the remedy is the same
+  except MemoryError:
+    raise
+  except PermissionError as error:
+    raise DataError(f"the cache {cache} cannot be read ({error.strerror}): allow it") from error
+  except Exception as error:  # whatever else the cause, the remedy is the same
     raise DataError(f"the cache {cache} is damaged: delete it, and it is made again") from error
 
 

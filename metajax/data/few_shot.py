@@ -63,6 +63,11 @@ def from_arrays(
     ValueError: if the lengths differ, no class is left, the labels are neither integers nor
       strings, or the inputs are not all finite numbers that fit JAX's dtypes (float32, int32).
   """
+  return jax.tree.map(jnp.asarray, grouped(inputs, labels, min_examples=min_examples))
+
+
+def grouped(inputs: Any, labels: ArrayLike | Sequence[str], *, min_examples: int = 1) -> Classes:
+  """The same as `from_arrays`, in the host's memory: for data that is divided afterwards."""
   inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
   given, labels = labels, np.asarray(labels)
   shapes = [leaf.shape for leaf in jax.tree.leaves(inputs)]
@@ -80,13 +85,15 @@ def from_arrays(
   if small.all():
     raise ValueError(f"no class has {min_examples} examples: give more, or lower min_examples")
   if small.any():
-    pairs = zip(names[small].tolist(), sizes[small].tolist(), strict=True)
-    dropped = ", ".join(f"{name!r} has {size}" for name, size in pairs)
+    pairs = list(zip(names[small].tolist(), sizes[small].tolist(), strict=True))
+    dropped = ", ".join(f"{name!r} has {size}" for name, size in pairs[:10])
+    more = f", and {len(pairs) - 10} more" if len(pairs) > 10 else ""
     warnings.warn(
-      f"classes with fewer than {min_examples} examples are left out: {dropped}", stacklevel=2
+      f"classes with fewer than {min_examples} examples are left out: {dropped}{more}",
+      stacklevel=3,
     )
     classes = select(classes, np.flatnonzero(~small))
-  return jax.tree.map(jnp.asarray, classes)
+  return classes
 
 
 def class_labels(given: ArrayLike | Sequence[str]) -> np.ndarray:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import lzma
 import os
+import stat
 import struct
 import tarfile
 import warnings
@@ -19,8 +20,10 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-# The largest size of a file: far above any few-shot image, far below a decompression bomb.
+# The largest size of a file in an archive: far above any few-shot image, far below a decompression
+# bomb. A user's own files may be photographs and scans; Pillow limits their pixels.
 _MAX_FILE_BYTES = 16 * 2**20
+_MAX_OWN_BYTES = 2**30
 # The largest ratio of unpacked to packed size. Images are already compressed, so the real archives
 # unpack to less than twice their size.
 _MAX_RATIO = 100
@@ -72,15 +75,16 @@ def unwritable(folder: Path, error: OSError) -> DataError:
 def fingerprint(folder: Path, paths: Iterable[Path]) -> str:
   """A hash of where a folder is and of its files' names, sizes and modification times.
 
-  It has 16 hexadecimal digits, and changes when a file is replaced or moved. Of what cannot be
-  read, as a link to nowhere, only the name counts.
+  It has 16 hexadecimal digits, and changes when a file is replaced or moved. Of folders, and of
+  what cannot be read, as a link to nowhere, only the name counts.
   """
   digest = hashlib.sha256(os.fsencode(f"{folder.resolve().as_posix()}\0"))
   for path in sorted(paths):
     about = ""
     with suppress(OSError):
       status = path.stat()
-      about = f"{status.st_size}\0{status.st_mtime_ns}"
+      if not stat.S_ISDIR(status.st_mode):
+        about = f"{status.st_size}\0{status.st_mtime_ns}"
     digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()}\0{about}\0"))
   return digest.hexdigest()[:16]
 
@@ -187,6 +191,11 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PureP
       yield PurePosixPath(path.relative_to(folder).as_posix()), path
 
 
+def is_hidden(path: Path) -> bool:
+  """Whether a file or folder is none of the user's data, but of the system."""
+  return path.name.startswith(".") or path.name in ("__MACOSX", "@eaDir")
+
+
 def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
   """Yields what is below a folder and not hidden, also behind links to other folders.
 
@@ -201,7 +210,7 @@ def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
   if here in above:
     return
   try:
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    entries = [entry for entry in folder.iterdir() if not is_hidden(entry)]
   except OSError as error:
     raise DataError(f"{folder} cannot be read ({error.strerror}): allow it") from error
   for entry in entries:
@@ -213,8 +222,8 @@ def all_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def read_file(path: Path) -> bytes:
   """The content of a file; raises `DataError` if it is too large or cannot be read."""
   try:
-    if path.stat().st_size > _MAX_FILE_BYTES:
-      raise DataError(f"{path} is over {_MAX_FILE_BYTES >> 20} MiB: that is no few-shot image")
+    if path.stat().st_size > _MAX_OWN_BYTES:
+      raise DataError(f"{path} is over {_MAX_OWN_BYTES >> 20} MiB: make a smaller image of it")
     return path.read_bytes()
   except OSError as error:
     raise DataError(f"{path} cannot be read ({error.strerror}): replace it") from error
@@ -249,7 +258,7 @@ def decode_image(
         if fit:
           return np.asarray(fit_image(image, name, size, mode))
         return np.asarray(_opaque(image, name).convert(mode))
-  except DataError:
+  except (DataError, MemoryError):
     raise
   except Exception as error:  # decoders raise many types of error on damaged files
     raise DataError(f"{name} is not a readable image: replace it") from error
@@ -267,7 +276,9 @@ def fit_image(image: Image.Image, name: object, size: tuple[int, int], mode: str
   Raises:
     DataError: if it is gray with more than 8 bits.
   """
-  image = _opaque(ImageOps.exif_transpose(image), name).convert(mode)
+  with suppress(SyntaxError, ValueError, KeyError, struct.error):  # metadata may be damaged
+    image = ImageOps.exif_transpose(image)
+  image = _opaque(image, name).convert(mode)
   return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
 
 

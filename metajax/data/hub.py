@@ -1,7 +1,6 @@
 """Images from the data sets of TensorFlow Datasets and of Hugging Face, divided by class."""
 
 import difflib
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from metajax.data.class_folders import Format, Mode, format_of
-from metajax.data.few_shot import Splits, from_arrays, split
+from metajax.data import few_shot
+from metajax.data.class_folders import Format, Mode, format_of, without_repeats
+from metajax.data.few_shot import Splits
 from metajax.data.files import DataError, fit_image
 
 
@@ -146,12 +146,11 @@ def _splits(
 ) -> Splits:
   """Splits of images, arrays or Pillow's, and labels, which are numbers of names or themselves."""
   labels: list[Any] = []
-  seen: set[tuple[Any, bytes]] = set()
-  unlabelled = repeated = 0
+  unlabelled = 0
 
   def fitted() -> Iterator[np.ndarray]:
-    nonlocal unlabelled, repeated
-    for number, (image, label) in enumerate(pairs):
+    nonlocal unlabelled
+    for number, (image, label) in enumerate(_readable(pairs)):
       if label is None or (names is not None and label < 0):  # as in test sets that are kept secret
         unlabelled += 1
         continue
@@ -160,31 +159,40 @@ def _splits(
         raise DataError(f"image {number} has the label {label!r:.40}: give one number or name each")
       try:
         image = _as_image(image, f"image {number}")
-        fitted = fit_image(image, f"image {number}", (form.width, form.height), form.mode)
-        found = np.asarray(fitted)
-      except DataError:
+        found = fit_image(image, f"image {number}", (form.width, form.height), form.mode)
+      except (DataError, MemoryError):
         raise
       except Exception as error:  # decoders raise many types of error
         raise DataError(f"image {number} is not a readable image: leave it out") from error
-      content = label, hashlib.blake2b(found.tobytes(), digest_size=16).digest()
-      if content in seen:  # its splits may overlap, and a task must not be tested by what it learns
-        repeated += 1
-        continue
-      seen.add(content)
       labels.append(label if names is None else names[label])
-      yield found.reshape(form.shape)
+      yield np.asarray(found).reshape(form.shape)
 
   images = list(fitted())
   if unlabelled:
     warnings.warn(f"{unlabelled} images without a label are left out", stacklevel=3)
-  if repeated:
-    warnings.warn(
-      f"{repeated} images are left out, since their class has the same image already", stacklevel=3
-    )
   if not images:
     raise DataError("the data set has no image with a label")
-  classes = from_arrays(np.stack(images), labels, min_examples=min_examples)
-  return split(classes, validation=validation, test=test, seed=seed)
+  # Splits of the data set may overlap, and a task must not be tested by what it learns.
+  ((pixels, kept),) = without_repeats([(np.stack(images), few_shot.class_labels(labels))])
+  classes = few_shot.grouped(pixels, kept, min_examples=min_examples)
+  return few_shot.split(classes, validation=validation, test=test, seed=seed)
+
+
+def _readable(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+  """The same pairs, or one line about one that the library of the data cannot read."""
+  number, found = 0, iter(pairs)
+  while True:
+    try:
+      pair = next(found)
+    except StopIteration:
+      return
+    except MemoryError:
+      raise
+    except Exception as error:
+      why = str(error).strip().split("\n")[0] or type(error).__name__
+      raise DataError(f"image {number} cannot be read ({why}): leave it out") from error
+    yield pair
+    number += 1
 
 
 def _as_image(image: Any, name: str) -> Image.Image:
