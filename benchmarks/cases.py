@@ -436,7 +436,7 @@ def check_flags(argv: Sequence[str], *unused: str) -> None:
   if "out" in given and given.out:
     try:
       Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-      Path(given.out).touch()
+      Path(given.out).open("a").close()
     except OSError as error:
       sys.exit(f"{name}: --out={given.out} cannot be written ({error.strerror}): change it")
 

@@ -66,8 +66,8 @@ def program(adaptation: Adaptation) -> Callable[[], Any]:
     )
   labels = [name.split("/")[0] for name in known.names]
   for folder in sorted(Path(labelled).expanduser().iterdir()):
-    system = folder.name.startswith(".") or folder.name in ("__MACOSX", "@eaDir")
-    if folder.is_dir() and not system and folder.name not in labels:
+    hidden = metajax.data.files.is_hidden(folder)
+    if folder.is_dir() and not hidden and folder.name not in labels:
       raise ValueError(f"{folder} has no image: add images of that class, or remove the folder")
 
   def run() -> None:

@@ -118,7 +118,8 @@ def main(
     if "RESOURCE_EXHAUSTED" in str(error):
       _end(
         f"{name}: a device has too little memory ({str(error).splitlines()[0]}): let fewer tasks "
-        "run at once by --chunk, or lower --meta_batch; what was saved is kept",
+        "run at once, as with --execution=chunked or --chunk, or make the tasks or the network "
+        "smaller, in another --out",
         1,
       )
     if jax.process_count() == 1:

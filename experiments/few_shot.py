@@ -114,7 +114,7 @@ _WITHOUT_EFFECT = {
     "which has no inner steps and takes the mean loss",
     (
       *("inner_optimizer", "inner_rate", "inner_eps_root", "inner_state", "inner_batch"),
-      *("inner_steps", "minibatches", "loss_reduction", "eval_steps", "eval_batch"),
+      *("inner_steps", "minibatches", "loss_reduction", "eval_steps"),
     ),
   ),
   "joint": ("which takes one inner step", ("inner_steps",)),

@@ -51,7 +51,8 @@ def join(processes: Processes) -> None:
     why = str(error).splitlines()[0]
     advice = "see that the coordinator's address is right and its port free"
     if processes.distributed:
-      advice = (
-        "without Slurm or a TPU, give --coordinator_address, --num_processes and --process_id"
+      advice += (
+        "; without Slurm or a TPU, give --coordinator_address, --num_processes and --process_id in "
+        "place of --distributed"
       )
     raise ValueError(f"the processes do not find each other ({why}): {advice}") from error

@@ -113,8 +113,8 @@ def highlights() -> Iterator[str]:
   for recipe, cell, title, result in _chosen():
     of = f"{result['meta_steps']:,} of {PRESETS[recipe].meta_steps:,} meta-steps"
     ours, paper = _percent(result["cells"][cell]), _of_paper(PAPER[recipe][cell])
-    before = untrained(recipe)[cell]
-    yield f"| {title}, transductive, {of} | {before} % | {ours} % | {paper} % |"
+    before = untrained(recipe).get(cell, "")
+    yield f"| {title}, transductive, {of} | {before} | {ours} % | {paper} % |"
 
 
 def transduction() -> Iterator[str]:

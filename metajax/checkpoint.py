@@ -214,8 +214,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     if passed:
       why = "; ".join(f"{step}: {why}" for step, why in passed.items())
       raise ValueError(
-        f"no checkpoint of {folder} can be restored ({why}): give the model and the optimizers "
-        "that it was saved with, or another folder"
+        f"no checkpoint of {folder} can be restored ({why}): see that the model and the optimizers "
+        "are those that it was saved with"
       )
     return None
 

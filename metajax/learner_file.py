@@ -74,7 +74,7 @@ def write(path: Path, recipe: Recipe, arrays: dict[str, Any]) -> None:
   if jax.process_index() == 0:
     try:
       _replace(path, safetensors.numpy.save(arrays, metadata={"metajax": header}))
-    except OSError as error:
+    except Exception as error:  # the others must not wait for ever
       failure = error
   if in_any_process(failure is not None):  # all wait for the first one
     raise failure or OSError(f"{path} cannot be written by the first process, which says why")

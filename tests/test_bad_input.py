@@ -258,6 +258,18 @@ LINES = [
   ),
   (
     "few_shot",
+    "--recipe=family_anil --noadapt_norm",
+    "few_shot: --adapt_norm is of no use with --algorithm=anil, which moves the last layer only: "
+    "leave it out",
+  ),
+  (
+    "few_shot",
+    "--algorithm=scratch --meta_steps=1 --outer_rate=2",
+    "few_shot: --outer_rate is of no use with --algorithm=scratch, which learns no parameters: "
+    "leave it out",
+  ),
+  (
+    "few_shot",
     "--recipe=family_joint --inner_steps=3",
     "few_shot: --inner_steps is of no use with --algorithm=joint, which takes one inner step: "
     "leave it out",

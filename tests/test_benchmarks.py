@@ -104,7 +104,7 @@ def test_scaling_prints_a_row_for_each_link(tmp_path):
     assert row["weak"]["1"] == row["strong"]["1"] == 1
     assert 1 > row["weak"]["8"] > row["strong"]["8"] > 0
   assert rows[0]["weak"]["8"] > rows[1]["weak"]["8"]
-  for wrong in ("--workloads=cosine", "--link_gbps=-1", "--out=/dev/null/rows"):
+  for wrong in ("--workloads=cosine", "--link_gbps=-1", "--out=/dev/null/rows", "--out=tests"):
     done = subprocess.run([*command, wrong], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and wrong[2:9] in done.stderr and "Traceback" not in done.stderr
 

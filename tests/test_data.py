@@ -550,6 +550,10 @@ def test_what_is_wrong_with_a_folder_is_said_before_images_are_decoded(tmp_path,
   with pytest.raises(DataError, match=r"cache .* cannot be written"):
     load()
   (tmp_path / "cache").unlink()
+  (tmp_path / "data" / "val").mkdir()
+  with pytest.raises(DataError, match="val: there is no image inside: it should hold"):
+    load()
+  (tmp_path / "data" / "val").rmdir()
   (tmp_path / "data" / "test").rename(tmp_path / "data" / "testing")
   with pytest.raises(DataError, match=r"not CLASS/IMAGE: .* they are train, test and, if you like"):
     load()
@@ -581,8 +585,15 @@ def test_files_that_are_no_images_leave_the_cache_as_it_is(tmp_path):
   metajax.data.from_folder(folder, **options)
   assert len(list((tmp_path / "cache").iterdir())) == 1
   (folder / "a" / "phone.heic").write_bytes(b"of a phone")
-  with pytest.warns(UserWarning, match=r"1 files below .* their types \(.heic\) are not read"):
+  of_a_phone = r"\(1 of types that are not read, .heic: convert them\)"
+  with pytest.warns(UserWarning, match=f"passed over {of_a_phone}"):
     metajax.data.from_folder(folder, **options)
+  (folder / "c").mkdir()
+  (folder / "a" / "phone.heic").rename(folder / "c" / "phone.heic")
+  with pytest.raises(DataError, match=f"c has no image {of_a_phone}: add the images"):
+    metajax.data.from_folder(folder, **options)
+  with pytest.raises(DataError, match=f"there is no image below .*c {of_a_phone}"):
+    metajax.data.read_images(folder / "c", size=4)
 
 
 def test_images_that_occur_twice_are_left_out_or_warned_of(tmp_path):
@@ -697,7 +708,11 @@ def test_what_is_fetched_on_the_host_may_be_a_pytree_with_axes_of_its_own():
   ):
     with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=message):
       metajax.data.host_tasks(sample_rows, wrong)
-  with pytest.raises(ValueError, match=r"must have row numbers as inputs, int32 \[n\]"):
+  with jax.enable_x64(True):  # the rows are int64 then
+    rows = metajax.data.from_arrays(np.arange(12), np.arange(12) % 3)
+    sample_rows = few_shot.sample_task(rows, ways=3, train_shots=2, test_shots=1)
+    assert metajax.data.host_tasks(sample_rows, fetch)(KEY).train.inputs["on"].shape == (6,)
+  with pytest.raises(ValueError, match=r"must have row numbers as inputs, integers \[n\]"):
     metajax.data.host_tasks(sample_task, fetch)(KEY)
 
 

@@ -77,10 +77,10 @@ def from_folder(
   The folder holds either the class folders (`CLASS/IMAGE.png`) or the folders `train`, `test` and
   perhaps `val` (or `valid`, `validation`), which hold class folders. In the first case, classes are
   divided at random into training, validation and test classes. Images are PNG, JPEG, BMP, GIF, WebP
-  or TIFF, of 8 bits a channel; of several frames or pages, the first one counts. Hidden files and
+  or TIFF, gray ones of 8 bits; of several frames or pages, the first one counts. Hidden files and
   files of other types are passed over. Images are decoded once and kept in the cache. An image that
-  occurs twice in a class is kept once, with a warning, since a task must not be tested by what it
-  learns.
+  a class has twice, after resizing, is kept once, with a warning, since a task must not be tested
+  by what it learns.
 
   Args:
     path: the folder.
@@ -111,10 +111,9 @@ def from_folder(
   _warn([line for part in prepared.values() for line in part.unreadable])
   _warn_of_other_types(folder)
   kept = without_repeats([(images.pixels, images.labels) for images in prepared.values()])
-  classes = {
-    part: few_shot.grouped(pixels, labels, min_examples=min_examples)
-    for part, (pixels, labels) in zip(prepared, kept, strict=True)
-  }
+  classes = {}
+  for part, (pixels, labels) in zip(prepared, kept, strict=True):
+    classes[part] = few_shot.grouped(pixels, labels, min_examples=min_examples)
   if not divided:
     return few_shot.split(classes["all"], validation=validation, test=test, seed=seed)
   on_device = {part: jax.tree.map(jnp.asarray, found) for part, found in classes.items()}
@@ -122,7 +121,7 @@ def from_folder(
 
 
 def without_repeats(
-  parts: Sequence[tuple[np.ndarray, np.ndarray]],
+  parts: Sequence[tuple[np.ndarray, np.ndarray]], *, stacklevel: int = 3
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Images and labels of the parts of a data set, without images that their class has already.
 
@@ -141,14 +140,15 @@ def without_repeats(
     kept.append((pixels, labels) if new.all() else (pixels[new], labels[new]))
   if repeated:
     warnings.warn(
-      f"{repeated} images are left out, since their class has the same image already", stacklevel=3
+      f"{repeated} images are left out, since their class has the same image already",
+      stacklevel=stacklevel,
     )
   shared = [sorted(found, key=str) for found in classes_of.values() if len(found) > 1]
   if shared:
     warnings.warn(
       f"some images ({len(shared)}) are in several classes, as in {shared[0][0]} and "
       f"{shared[0][1]}: see that they are labelled as you mean",
-      stacklevel=3,
+      stacklevel=stacklevel,
     )
   return kept
 
@@ -205,9 +205,10 @@ def read_images(
   if unreadable == "refuse":
     _refuse(bad, form)
   _warn(bad)
-  _warn_of_other_types(folder)
   if not found:
-    raise DataError(f"there is no image below {folder}: see that it is the right folder")
+    others = _of_other_types(folder)
+    raise DataError(f"there is no image below {folder}{others}: see that it is the right folder")
+  _warn_of_other_types(folder)
   return NamedImages([str(name) for name in found], np.stack(list(found.values())))
 
 
@@ -278,7 +279,7 @@ def decoded(
   bad = [line for images in parts.values() for line in images.unreadable]
   if not skip:
     _refuse(bad, form)
-  _check_disjoint({part: np.unique(images.labels) for part, images in parts.items()})
+  _check_disjoint({part: np.unique(images.labels) for part, images in parts.items()}, form)
   try:
     _save(cache, parts)
   except DataError as error:  # as a full disk
@@ -304,12 +305,21 @@ def _check_folders(sources: dict[str, list[Path]], form: Format) -> None:
         empty = _empty_classes(source)
         if empty:
           raise DataError(
-            f"{empty[0]} has no image: add the images of that class, or remove the folder"
+            f"{empty[0]} has no image{_of_other_types(empty[0])}: add the images of that class, or "
+            "remove the folder"
           )
         for name, _ in files_below(source, SUFFIXES):
           _check_place(source, name, form)
           classes.setdefault(part, set()).add(name.parts[0])
-  _check_disjoint(classes)
+    if paths and part not in classes and all(source.is_dir() for source in paths):
+      raise _without_images(paths, form)
+  _check_disjoint(classes, form)
+
+
+def _without_images(paths: list[Path], form: Format) -> DataError:
+  return DataError(
+    f"{', '.join(map(str, paths))}: there is no image inside: it should hold {form.layout}"
+  )
 
 
 def _check_place(source: Path, name: PurePosixPath, form: Format) -> None:
@@ -321,16 +331,19 @@ def _check_place(source: Path, name: PurePosixPath, form: Format) -> None:
     )
 
 
-def _check_disjoint(classes: Mapping[str, Iterable[str]]) -> None:
+def _check_disjoint(classes: Mapping[str, Iterable[str]], form: Format) -> None:
   """Checks that no class is in two parts."""
+  merge = (
+    "; or, if all parts have the same classes, merge them into one folder of class folders, which "
+    "are then divided for you"
+  )
   part_of: dict[str, str] = {}
   for part, labels in classes.items():
     for label in sorted(labels):
       if part_of.setdefault(label, part) != part:
         raise DataError(
           f"class {label} is in {part_of[label]} and in {part}: classes of different splits must "
-          "be disjoint, so remove it from one; or, if all parts have the same classes, merge them "
-          "into one folder of class folders, which are then divided for you"
+          "be disjoint, so remove it from one" + (merge if form.fit else "")
         )
 
 
@@ -408,9 +421,7 @@ def _decode(paths: list[Path], part: str, form: Format) -> Images:
   if not images and bad:
     raise DataError(_listed(bad))
   if not images:
-    raise DataError(
-      f"{', '.join(map(str, paths))}: there is no image inside: it should hold {form.layout}"
-    )
+    raise _without_images(paths, form)
   names = sorted(images)
   pixels = np.empty((len(names), *form.shape), np.uint8)
   for row, name in enumerate(names):
@@ -439,15 +450,17 @@ def _warn(bad: list[str]) -> None:
     warnings.warn(f"images are skipped: {_listed(bad)}", stacklevel=3)
 
 
-def _warn_of_other_types(folder: Path) -> None:
+def _of_other_types(folder: Path) -> str:
+  """Says how many images below a folder have types that are not read; "" if there are none."""
   others = [path for path in all_below(folder) if path.suffix.lower() in _OTHERS]
+  kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
+  return f" ({len(others)} of types that are not read, {kinds}: convert them)" if others else ""
+
+
+def _warn_of_other_types(folder: Path) -> None:
+  others = _of_other_types(folder)
   if others:
-    kinds = ", ".join(sorted({path.suffix.lower() for path in others}))
-    warnings.warn(
-      f"{len(others)} files below {folder} are passed over, since their types ({kinds}) are not "
-      "read: convert them to PNG or JPEG",
-      stacklevel=3,
-    )
+    warnings.warn(f"images below {folder} are passed over{others}", stacklevel=3)
 
 
 def _save(cache: Path, parts: dict[str, Images]) -> None:

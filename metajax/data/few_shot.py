@@ -66,7 +66,9 @@ def from_arrays(
   return jax.tree.map(jnp.asarray, grouped(inputs, labels, min_examples=min_examples))
 
 
-def grouped(inputs: Any, labels: ArrayLike | Sequence[str], *, min_examples: int = 1) -> Classes:
+def grouped(
+  inputs: Any, labels: ArrayLike | Sequence[str], *, min_examples: int = 1, stacklevel: int = 3
+) -> Classes:
   """The same as `from_arrays`, in the host's memory: for data that is divided afterwards."""
   inputs = jax.tree.map(np.asarray, inputs, is_leaf=lambda part: isinstance(part, list))
   given, labels = labels, np.asarray(labels)
@@ -90,7 +92,7 @@ def grouped(inputs: Any, labels: ArrayLike | Sequence[str], *, min_examples: int
     more = f", and {len(pairs) - 10} more" if len(pairs) > 10 else ""
     warnings.warn(
       f"classes with fewer than {min_examples} examples are left out: {dropped}{more}",
-      stacklevel=3,
+      stacklevel=stacklevel,
     )
     classes = select(classes, np.flatnonzero(~small))
   return classes

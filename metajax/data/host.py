@@ -53,9 +53,9 @@ def host_tasks(sample_task: SampleTask, fetch: Fetch) -> SampleTask:
 
   def with_inputs(examples: Examples) -> Examples:
     rows = examples.inputs
-    if getattr(rows, "dtype", None) != jnp.int32 or rows.ndim != 1:
+    if not (hasattr(rows, "dtype") and rows.dtype in (jnp.int32, jnp.int64) and rows.ndim == 1):
       raise ValueError(
-        "the tasks of host_tasks must have row numbers as inputs, int32 [n]: draw them from "
+        "the tasks of host_tasks must have row numbers as inputs, integers [n]: draw them from "
         "from_arrays(np.arange(m), labels)"
       )
     like = lambda leaf: jax.ShapeDtypeStruct((*rows.shape, *leaf.shape[2:]), leaf.dtype)

@@ -74,7 +74,7 @@ def from_tfds(
     why = str(error).strip().split("\n")[0] or type(error).__name__
     raise DataError(f"{builder.name} cannot be downloaded or prepared: {why}") from error
   records = (record for part in builder.as_data_source().values() for record in part)
-  pairs = ((record["image"], int(record["label"])) for record in records)
+  pairs = ((record["image"], record["label"]) for record in records)
   names = getattr(features["label"], "names", None)
   return _splits(pairs, names, form, min_examples, validation, test, seed)
 
@@ -173,8 +173,10 @@ def _splits(
   if not images:
     raise DataError("the data set has no image with a label")
   # Splits of the data set may overlap, and a task must not be tested by what it learns.
-  ((pixels, kept),) = without_repeats([(np.stack(images), few_shot.class_labels(labels))])
-  classes = few_shot.grouped(pixels, kept, min_examples=min_examples)
+  stacked = np.stack(images)
+  images.clear()
+  ((pixels, kept),) = without_repeats([(stacked, few_shot.class_labels(labels))], stacklevel=4)
+  classes = few_shot.grouped(pixels, kept, min_examples=min_examples, stacklevel=4)
   return few_shot.split(classes, validation=validation, test=test, seed=seed)
 
 
