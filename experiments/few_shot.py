@@ -113,8 +113,15 @@ _WITHOUT_EFFECT = {
   "prototypical": (
     "which has no inner steps and takes the mean loss",
     (
-      *("inner_optimizer", "inner_rate", "inner_eps_root", "inner_state", "inner_batch"),
-      *("inner_steps", "minibatches", "loss_reduction", "eval_steps"),
+      "inner_optimizer",
+      "inner_rate",
+      "inner_eps_root",
+      "inner_state",
+      "inner_batch",
+      "inner_steps",
+      "minibatches",
+      "loss_reduction",
+      "eval_steps",
     ),
   ),
   "joint": ("which takes one inner step", ("inner_steps",)),
@@ -133,10 +140,9 @@ def implied(given: dict[str, Any]) -> list[str]:
     ValueError: if they are not there, or a given flag has no effect.
   """
   lines = _implied(given)
-  algorithm = given.get("algorithm", Recipe().algorithm)
-  for line in lines:
-    if line.startswith("--algorithm=") and "algorithm" not in given:
-      algorithm = line.removeprefix("--algorithm=")
+  flag = "--algorithm="
+  before = [line.removeprefix(flag) for line in lines if line.startswith(flag)]
+  algorithm = given.get("algorithm", before[-1] if before else Recipe().algorithm)
   why, names = _WITHOUT_EFFECT.get(algorithm, ("", ()))
   for name in names:
     if name in given:
