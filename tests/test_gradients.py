@@ -400,7 +400,7 @@ def test_maml_through_adam_is_finite_where_a_gradient_is_zero():
 
 @pytest.mark.parametrize("weights", [[], [[1.0]], [1.0, np.nan]])
 def test_combine_refuses_weights_that_are_no_vector(weights):
-  with pytest.raises(ValueError, match="k finite numbers"):
+  with pytest.raises(ValueError, match="vector of finite numbers"):
     metajax.combine(LOSS, optax.sgd(RATE), weights)
 
 
