@@ -126,13 +126,6 @@ def _inner(recipe: Recipe, frozen: tuple[str, ...]) -> optax.GradientTransformat
   return metajax.carried(inner) if recipe.inner_state == "carried" else inner
 
 
-def carries(recipe: Recipe) -> bool:
-  """Whether an inner state that has numbers is carried from task to task."""
-  own_inner_loop = recipe.algorithm in ("meta_sgd", "layer_rates", "prototypical")
-  has_numbers = recipe.inner_optimizer == "adam" and not own_inner_loop
-  return has_numbers and recipe.inner_state == "carried"
-
-
 def inner_optimizer(recipe: Recipe) -> tuple[str, dict[str, float]]:
   """The name of the inner optimizer in optax, and its arguments."""
   if recipe.inner_optimizer == "sgd":

@@ -94,10 +94,6 @@ class RunFolder:
     """Whether a run was begun here."""
     return self._flags.is_file()
 
-  def conditions(self) -> list[str]:
-    """The further conditions under which the run was begun."""
-    return [line[2:] for line in self._before() if line.startswith("# ")]
-
   def check(self, *conditions: str) -> None:
     """Checks further conditions that must not change, such as a checksum of the data.
 

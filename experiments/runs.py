@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import metajax
-from experiments import algorithms, build, folders, jobs, plots, trackers
+from experiments import build, folders, jobs, plots, trackers
 from experiments.build import Experiment
 from experiments.folders import Line, RunFolder
 from experiments.recipes import Cost, Judging, Recipe, Training
@@ -28,7 +27,6 @@ _FINN = 600  # tasks of a test in Finn et al. (2017), reported besides if there 
 _PATHS = ("data_dir", "cache_dir", "track")  # not kept with a run: another machine has others
 COST = tuple(setting.name for setting in fields(Cost))
 _FREE = ("eval_tasks", *COST)  # may differ on resuming
-_STATES = "inner states: "
 
 
 def open_folder(
@@ -49,20 +47,6 @@ def open_folder(
   return RunFolder(out, kept, free=free, defaults=values_of(Recipe(), *groups))
 
 
-def conditions(recipe: Recipe, splits: metajax.data.Splits, mesh: jax.sharding.Mesh) -> list[str]:
-  """What a run depends on besides its settings."""
-  found = [folders.describe(splits)]
-  if recipe.execution == build.SPREAD and algorithms.carries(recipe):
-    each = -(-recipe.meta_batch // mesh.size)
-    found.append(f"{_STATES}{each * mesh.size}")
-  return found
-
-
-def _states_of(folder: RunFolder) -> list[str]:
-  """The condition on the number of inner states with which a run was begun, if there is one."""
-  return [condition for condition in folder.conditions() if condition.startswith(_STATES)]
-
-
 def prepare(
   recipe: Recipe, out: str | Path, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Experiment, RunFolder]:
@@ -81,7 +65,7 @@ def prepare(
   mesh = build.mesh_of(recipe) if mesh is None else mesh
   splits = metajax.programs.on_mesh(build.load(recipe), mesh)
   experiment = build.build(recipe, splits, mesh)
-  folder.begin(*conditions(recipe, splits, mesh))
+  folder.begin(folders.describe(splits))
   return experiment, folder
 
 
@@ -111,7 +95,7 @@ def check_all(many: Sequence[Job]) -> None:
     if folder.begun():
       if recipe.seed not in by_seed:
         by_seed[recipe.seed] = folders.describe(build.load(recipe))
-      folder.check(by_seed[recipe.seed], *_states_of(folder))
+      folder.check(by_seed[recipe.seed])
 
 
 class Keys(NamedTuple):
@@ -325,8 +309,6 @@ def run_all(many: Sequence[Job], *, diverging_guesses: bool = False) -> dict[Pat
 def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   """Judges the newest or the best checkpoint of a run, which may still be training.
 
-  Another number of devices will do: of a carried inner state, judging takes the first place only.
-
   Lines and result are written to a folder of the run, judged/stepN; one that was judged in another
   way is renamed to judged/stepN.old1.
 
@@ -340,14 +322,9 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
   mesh = build.mesh_of(recipe)
   splits = metajax.programs.on_mesh(build.load(recipe), mesh)
   experiment = build.build(recipe, splits, mesh)
-  states = _states_of(folder)
-  folder.check(folders.describe(splits), *states)
+  folder.check(folders.describe(splits))
   keys = keys_of(recipe, mesh)
   like = experiment.learner.init(jax.jit(experiment.model.init)(keys.init))
-  if states:  # one for each place in the meta-batch, of which there may be others here
-    places = int(states[0].removeprefix(_STATES))
-    as_saved = lambda leaf: jnp.zeros((places, *leaf.shape[1:]), leaf.dtype)
-    like = like._replace(inner=jax.tree.map(as_saved, like.inner))
   with checkpoints(saved) as opened:
     find = {"newest": opened.restore, "best": opened.best}[which]
     found = find(metajax.programs.on_mesh(like, mesh))

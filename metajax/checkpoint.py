@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,8 @@ from metajax import checks
 from metajax.devices import in_any_process
 from metajax.meta import MetaState
 from metajax.programs import copied
+from metajax.spread import resized
+from metajax.types import InnerState
 
 # Errors in reading a file that say nothing about what is in it.
 _PASSING = (
@@ -70,10 +73,11 @@ class Checkpoints(NamedTuple):
       them call it together.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings, or only their
-      description, `jax.eval_shape(learner.init, params)`. A damaged checkpoint is passed over with
-      a warning, and the next save removes it. Raises ValueError if all are damaged or, where
-      several processes share the run, if the newest one is, and OSError if a file cannot be read
-      for a reason that may pass.
+      description, `jax.eval_shape(learner.init, params)`. It may be for another number of devices:
+      places that are added to the meta-batch start from the inner state of the last one. A damaged
+      checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
+      all are damaged or, where several processes share the run, if the newest one is, and OSError
+      if a file cannot be read for a reason that may pass.
     best: the same for the checkpoint with the highest score, which need not be among the newest.
     close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
@@ -176,13 +180,16 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     if zlib.crc32(text.encode()) != checksum:
       raise ValueError("its extra values are not those that were saved")
     beside = json.loads(text)
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    _check_leaves(beside.get("leaves"), _described(like))
+    as_saved = _with_places(beside["leaves"], like)
+    _check_leaves(beside["leaves"], _described(as_saved))
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, as_saved)
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
     ]
     if _checksums(found) != beside["checksums"]:
       raise ValueError("its numbers are not those that were saved")
+    if as_saved is not like:
+      found = found._replace(inner=_for_places(found.inner, like.inner))
     return Saved(found, beside["extra"], step in rated)
 
   def first_whole(steps: Iterable[int], like: MetaState) -> Saved | None:
@@ -311,15 +318,40 @@ def _described(state: MetaState) -> dict[str, str]:
   }
 
 
-def _check_leaves(saved: dict[str, str] | None, expected: dict[str, str]) -> None:
+def _with_places(saved: dict[str, str], like: MetaState) -> MetaState:
+  """A state like this one with as many inner states as were saved, if nothing else is different.
+
+  There is one for each place in the meta-batch, whose number depends on the number of devices.
+  """
+  of_inner = next((saved[name] for name in saved if name.startswith("inner")), "")
+  places = re.search(r"\[(\d+)", of_inner)
+  by_place = all(leaf.ndim for leaf in jax.tree.leaves(like.inner))
+  if saved == _described(like) or not places or not by_place:
+    return like
+
+  def as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    shape = (int(places[1]), *leaf.shape[1:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=like.step.sharding)
+
+  other = like._replace(inner=jax.tree.map(as_saved, like.inner))
+  return other if saved == _described(other) else like
+
+
+def _for_places(inner: InnerState, expected: InnerState) -> InnerState:
+  """The inner states for the expected number of places, where they are expected to be."""
+  slots = jax.tree.leaves(expected)[0].shape[0]
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+  return jax.jit(partial(resized, slots=slots), out_shardings=shardings)(inner)
+
+
+def _check_leaves(saved: dict[str, str], expected: dict[str, str]) -> None:
   """Says how a saved state differs from the expected one, before Orbax fails to read it."""
-  if saved is None or saved == expected:
+  if saved == expected:
     return
   name = next(n for n in {**expected, **saved} if saved.get(n) != expected.get(n))
-  devices = ", and on as many devices" if name.startswith("inner") else ""
   raise ValueError(
     f"its {name} is {saved.get(name, 'missing')}, and {expected.get(name, 'nothing')} is expected: "
-    f"restore it with the model and the optimizers that it was saved with{devices}"
+    "restore it with the model, the optimizers and the execution that it was saved with"
   )
 
 

@@ -109,6 +109,13 @@ def repeated(state: InnerState, times: int) -> InnerState:
   return jax.tree.map(repeat, state)
 
 
+def resized(inner_state: InnerState, slots: int) -> InnerState:
+  """The states of another number of slots: those that there are, and then copies of the last."""
+  more = repeated(jax.tree.map(lambda leaf: leaf[-1], inner_state), slots)
+  resize = lambda leaf, more: jnp.concatenate([leaf, more[leaf.shape[0] :]])[:slots]
+  return jax.tree.map(resize, inner_state, more)
+
+
 def first(inner_state: InnerState) -> InnerState:
   """The state of the first slot."""
   return jax.tree.map(lambda leaf: leaf[0], inner_state)

@@ -161,6 +161,17 @@ def test_random_keys_in_a_state_are_saved(tmp_path, states):
   np.testing.assert_array_equal(*map(jax.random.key_data, (found["key"], noisy.outer["key"])))
 
 
+def test_added_places_have_random_keys_of_their_own(tmp_path):
+  keys = lambda number: START._replace(inner=jax.random.split(jax.random.key(7), number))
+  with checkpoints(tmp_path) as saved:
+    saved.save(keys(2))
+  found = jax.random.key_data(restored(tmp_path, like=keys(5), blank=False).state.inner)
+  np.testing.assert_array_equal(found[:2], jax.random.key_data(keys(2).inner))
+  assert len(np.unique(found, axis=0)) == 5
+  found = jax.random.key_data(restored(tmp_path, like=keys(1), blank=False).state.inner)
+  np.testing.assert_array_equal(found, jax.random.key_data(keys(2).inner)[:1])
+
+
 @pytest.fixture
 def failed_readings(monkeypatch):
   """A reading that failed leaves others under way, which complain that nobody waits for them."""
@@ -307,6 +318,46 @@ def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
 def test_a_state_may_be_described_by_its_shapes(of_three, states):
   with checkpoints(of_three) as saved:
     equal(saved.restore(jax.eval_shape(lambda: START)).state, states[2])
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (4, 2)])
+def test_a_state_goes_on_on_another_number_of_devices(tmp_path, before, after, described):
+  """Of 3 tasks on 1, 2 and 4 devices: in 3, 4 and 4 places, one of which does not count."""
+  inner = metajax.carried(optax.adam(0.1, b1=0.0))
+  gradient = metajax.reptile(problems.softmax_loss(), inner)
+  first, second = (problems.episodes((seed, seed + 7, seed + 8), k=2) for seed in (0, 1))
+
+  def learner_on(devices):
+    mesh = metajax.task_mesh(jax.devices()[:devices])
+    learner = metajax.meta_learner(gradient, optax.sgd(1.0), metajax.sharded(3, mesh))
+    return learner, metajax.programs.on_mesh(learner.init(problems.weights()), mesh)
+
+  learner, state = learner_on(before)
+  state, _ = jax.jit(learner.step)(state, first)
+  with checkpoints(tmp_path) as saved:
+    saved.save(state)
+  expected, _ = jax.jit(learner.step)(state, second)
+
+  learner, like = learner_on(after)
+  found = restored(tmp_path, like=jax.eval_shape(lambda: like) if described else like, blank=False)
+  places_of = lambda state: [np.asarray(leaf)[:3] for leaf in jax.tree.leaves(state.inner)]
+  equal(places_of(found.state), places_of(state))
+  if not described:  # it is also where the learner needs it
+    for there, leaf in zip(jax.tree.leaves(found.state), jax.tree.leaves(like), strict=True):
+      assert there.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    went_on, _ = jax.jit(learner.step)(found.state, second)
+    close = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(close, went_on.params, expected.params)
+    jax.tree.map(close, places_of(went_on), places_of(expected))
+
+
+def test_a_state_of_another_execution_is_refused(tmp_path, states):
+  with checkpoints(tmp_path) as saved:
+    saved.save(states[0])
+  inner = jax.tree.map(lambda leaf: leaf[0], START.inner)  # as `serial` has it
+  message = restored(tmp_path, like=START._replace(inner=inner))
+  assert re.search(r"its inner\S* is \w+\[2.*\], .* and the execution that it was saved", message)
 
 
 @pytest.mark.parametrize("failing", ["save", "wait_until_finished", "_write_scores"])

@@ -244,11 +244,7 @@ def test_a_run_is_judged_on_another_number_of_devices(inner, tmp_path, glyphs, m
   monkeypatch.setattr(build, "mesh_of", lambda recipe: one)
   few_shots(recipe, judge="newest", out=str(tmp_path))
   assert folders.finished(tmp_path / "judged" / "step4")["cells"] == trained["cells"]
-  if inner == "adam":
-    with pytest.raises(ValueError, match="then # inner states: 4; now # inner states: 3"):
-      runs.prepare(recipe, tmp_path)
-  else:
-    runs.prepare(recipe, tmp_path)  # nothing is carried
+  runs.prepare(recipe, tmp_path)  # nor does going on refuse them
 
 
 def test_a_chunk_bounds_the_memory_of_judging_too(splits, linear_network, monkeypatch, tmp_path):
