@@ -332,7 +332,7 @@ def _with_places(saved: dict[str, str], like: MetaState) -> MetaState:
 
   def as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
     shape = (int(places[1]), *leaf.shape[1:])
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=like.step.sharding)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=_sharding(like.step))
 
   other = like._replace(inner=jax.tree.map(as_saved, like.inner))
   return other if saved == _described(other) else like
@@ -341,8 +341,13 @@ def _with_places(saved: dict[str, str], like: MetaState) -> MetaState:
 def _for_places(inner: InnerState, expected: InnerState) -> InnerState:
   """The inner states for the expected number of places, where they are expected to be."""
   slots = jax.tree.leaves(expected)[0].shape[0]
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, expected)
+  shardings = jax.tree.map(_sharding, expected)
   return jax.jit(partial(resized, slots=slots), out_shardings=shardings)(inner)
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+  """Where an array or its description is; NumPy's arrays do not say."""
+  return getattr(leaf, "sharding", None)
 
 
 def _check_leaves(saved: dict[str, str], expected: dict[str, str]) -> None:

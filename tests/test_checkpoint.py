@@ -315,14 +315,18 @@ def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
   equal(restored(tmp_path).state, states[0])
 
 
+def _shapes(state):
+  return jax.eval_shape(lambda: state)
+
+
 def test_a_state_may_be_described_by_its_shapes(of_three, states):
   with checkpoints(of_three) as saved:
-    equal(saved.restore(jax.eval_shape(lambda: START)).state, states[2])
+    equal(saved.restore(_shapes(START)).state, states[2])
 
 
-@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("given", [lambda state: state, _shapes, jax.device_get])
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (4, 2)])
-def test_a_state_goes_on_on_another_number_of_devices(tmp_path, before, after, described):
+def test_a_state_goes_on_on_another_number_of_devices(tmp_path, before, after, given):
   """Of 3 tasks on 1, 2 and 4 devices: in 3, 4 and 4 places, one of which does not count."""
   inner = metajax.carried(optax.adam(0.1, b1=0.0))
   gradient = metajax.reptile(problems.softmax_loss(), inner)
@@ -340,12 +344,12 @@ def test_a_state_goes_on_on_another_number_of_devices(tmp_path, before, after, d
   expected, _ = jax.jit(learner.step)(state, second)
 
   learner, like = learner_on(after)
-  found = restored(tmp_path, like=jax.eval_shape(lambda: like) if described else like, blank=False)
+  found = restored(tmp_path, like=given(like), blank=False)
   places_of = lambda state: [np.asarray(leaf)[:3] for leaf in jax.tree.leaves(state.inner)]
   equal(places_of(found.state), places_of(state))
   for leaf, saved in zip(*map(jax.tree.leaves, (found.state.inner, state.inner)), strict=True):
     assert all(np.array_equal(added, saved[-1]) for added in leaf[len(saved) :])
-  if not described:  # it is also where the learner needs it
+  if given(like) is like:  # it is also where the learner needs it
     for there, leaf in zip(jax.tree.leaves(found.state), jax.tree.leaves(like), strict=True):
       assert there.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
     went_on, _ = jax.jit(learner.step)(found.state, second)
