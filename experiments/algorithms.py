@@ -28,7 +28,7 @@ class Algorithm(NamedTuple):
   Attributes:
     model: what is learned, and the outputs of adapted parameters.
     gradient: the meta-gradient.
-    early: that of the first `recipe.early_steps` meta-steps, if it is another one.
+    early: that of the first `recipe.switch_at` meta-steps, if it is another one.
     protocols: how test examples are predicted, by name.
     frozen: parameters whose names contain one of these are not adapted; None if a learner file
       could not say how this algorithm adapts.

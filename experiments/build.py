@@ -101,7 +101,10 @@ def _load_folder(
 
 
 def mesh_of(recipe: Recipe) -> jax.sharding.Mesh:
-  """All devices if tasks are spread over them; else one, since all would do the same work."""
+  """All devices if tasks are spread over them or several processes share the run; else one.
+
+  With the other executions, all devices do the same work.
+  """
   one = recipe.execution != SPREAD and jax.process_count() == 1
   return metajax.task_mesh(jax.devices()[:1] if one else None)
 
@@ -158,14 +161,15 @@ def _check_sizes(recipe: Recipe, splits: metajax.data.Splits) -> None:
         + (", or divide them yourself into train/ and test/" if recipe.dataset == "folder" else "")
       )
     judged = split in (*recipe.curve_splits, "test")
-    flags = [(evaluated, "--eval_shots or --eval_queries")] if judged else []
-    flags += [(recipe.train_shots, "--train_shots")] if split == "train" else []
-    shots, flag = max(flags)
+    taken = [(recipe.train_shots, "--train_shots")] if split == "train" else []
+    taken += [(evaluated, "--eval_shots or --eval_queries")] if judged else []
     smallest = int(np.argmin(classes.sizes))
-    if classes.sizes[smallest] < shots:
+    too_many = [(shots, flag) for shots, flag in taken if shots > classes.sizes[smallest]]
+    if too_many:
       problems.append(
-        f"a task takes {shots} examples of each class, and {split} class "
-        f"{classes.names[smallest]!r} has {classes.sizes[smallest]}: lower {flag}"
+        f"a task takes {max(too_many)[0]} examples of each class, and {split} class "
+        f"{classes.names[smallest]!r} has {classes.sizes[smallest]}: lower "
+        + ", and ".join(flag for _, flag in too_many)
         + (", or raise --min_examples" if recipe.dataset == "folder" else "")
       )
   if problems:

@@ -33,7 +33,8 @@ class Run(Settings):
     "Number of runs, with the seeds from --seed on. The result is their mean, with the deviation "
     "between them.", at_least=1)
   plot_only: bool = option(False, "Trains nothing, and draws again what --out holds.")
-  fresh: bool = option(False, "Starts over. What --out holds is renamed to OUT.old1.")
+  fresh: bool = option(False, "Starts over. What --out holds is renamed to OUT.old1, or to "
+    "the next number that is free.")
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -56,7 +57,8 @@ def main(
 
   Args:
     program: given `Run` and the groups with the values of the flags, it checks everything that can
-      be checked beforehand and returns what to run. Its docstring heads the text of `--help`.
+      be checked beforehand and returns what to run. The docstring of its module heads the text of
+      `--help`.
     *groups: settings with their default values.
     leave_out: settings that have no flag, since the experiment decides them.
     implied: a function from the flags that were given to further ones. A given flag overrides

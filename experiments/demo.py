@@ -25,7 +25,7 @@ from experiments.settings import Settings, option
 
 PAGE = Path(__file__).with_name("demo.html")
 WAYS, SIZE = 3, 28
-LARGEST = 32_768  # bytes of a request; four drawings take a third of it
+LARGEST = 32_768  # bytes of a request; four drawings take about a quarter of it
 PER_SECOND = 30  # requests that are answered
 _PAPER, _INK = 255, 0  # of the images that learners are trained on
 _SECONDS = 5  # to wait for what a client sends

@@ -135,7 +135,7 @@ def slope(result: dict[str, Any], name: str) -> float:
 
 
 def order_holds_to(result: dict[str, Any]) -> float | None:
-  """The largest alpha up to which the ratios are in the order MAML > FOMAML > Reptile."""
+  """The largest alpha up to which the ratios are in the order MAML > FOMAML > Reptile > 0."""
   last = None
   for alpha in ALPHAS:
     row = {r["algorithm"]: r["ratio"] for r in result["against_alpha"] if r["alpha"] == alpha}

@@ -2,9 +2,10 @@
 
   python -m experiments.family --data_dir=DIR --out=DIR
 
-Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and on sine waves. A
-meta-step draws the same number of minibatches for all of them. They differ in what they compute
-from these, and so in the seconds that a meta-step takes. Runs are independent: each has its own
+Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and, but for
+prototypical networks, on sine waves. A meta-step takes the same number of gradients of losses for
+all of them. They differ in how they compute these, and so in the seconds that a meta-step takes.
+Runs are independent: each has its own
 device, and several run at once. The same command resumes those on Omniglot that were interrupted.
 The run folder (--out) gets result.json, family.png and family.svg, and a folder for each run.
 """

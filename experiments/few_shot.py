@@ -5,10 +5,11 @@
   python -m experiments.few_shot --dataset=folder --data_dir=DIR --image_size=28 --network=conv4
 
 The run folder (--out) gets flags.txt, metrics.jsonl, test_tasks.jsonl, result.json,
-learning_curve.png, checkpoints, and the learner files of the last and of the best state, which
-metajax.load and experiments.adapt read. The same command with the same --out resumes an
-interrupted run. With --seeds, each run has a folder of its own inside. A trained learner is judged
-again, in other ways or on more tasks, by
+learning_curve.png, checkpoints, and the learner file of the last state, which metajax.load and
+experiments.adapt read, and that of the best state if there is one. (Algorithms such as Meta-SGD,
+whose adaptation a learner file cannot describe, have none.) The same command with the same --out
+resumes an interrupted run. With --seeds, each run has a folder of its own inside. A trained learner
+is judged again, in other ways or on more tasks, by
 
   python -m experiments.few_shot --out=DIR --judge=newest --eval_tasks=10000
 """
@@ -105,7 +106,8 @@ def report(recipe: Recipe, result: Line, out: Path) -> None:
     print(f"  {name:20s} {plots.percent(cell)}")
   each = " each" if "seeds" in first else ""
   took = f", trained in {result['train_seconds']:.0f} s{each}" if "train_seconds" in result else ""
-  print(f"  {result['meta_steps']} meta-steps{took}; see {out}")
+  steps = result["diverged"] if "diverged" in result else f"{result['meta_steps']} meta-steps"
+  print(f"  {steps}{took}; see {out}")
 
 
 # By algorithm, why it does not use some flags, and their names.
@@ -122,6 +124,7 @@ _WITHOUT_EFFECT = {
       "minibatches",
       "loss_reduction",
       "eval_steps",
+      "eval_batch",
     ),
   ),
   "joint": ("which takes one inner step", ("inner_steps",)),
@@ -137,7 +140,7 @@ def implied(given: dict[str, Any]) -> list[str]:
   """The flags of --recipe; with --judge, those that the run was trained with.
 
   Raises:
-    ValueError: if they are not there, or a given flag has no effect.
+    ValueError: if they are not there, or the algorithm does not use a flag that was given.
   """
   lines = _implied(given)
   flag = "--algorithm="

@@ -274,12 +274,14 @@ def describe(splits: metajax.data.Splits) -> str:
 @contextmanager
 def plain_warnings() -> Iterator[None]:
   """Prints the warnings of the library, as of files that are skipped, as plain lines."""
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", UserWarning)
-    yield
-  for warning in caught:
-    if writes():
-      print(f"warning: {warning.message}")
+  try:
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("always", UserWarning)
+      yield
+  finally:
+    for warning in caught:
+      if writes():
+        print(f"warning: {warning.message}")
 
 
 def path_of(name: str, out: str | None) -> Path:

@@ -141,7 +141,8 @@ class Cost(Settings):
   data_dir: str | None = option(None,
     "Folder with the archives or the images of the data set. Without it, Omniglot is downloaded.")
   cache_dir: str | None = option(None,
-    "Where prepared data is kept; by default $METAJAX_CACHE or ~/.cache/metajax.")
+    "Where prepared data is kept; by default $METAJAX_CACHE, or metajax in $XDG_CACHE_HOME or "
+    "~/.cache.")
   chunk: int | None = option(None,
     "Tasks that run at once: with chunked, by default one; with sharded on each device, by default "
     "one on CPU and all elsewhere.", at_least=1)
@@ -236,7 +237,8 @@ class Recipe(Training, Judging, Cost):
     if self.tail == "separate" and (self.inner_steps < 2 or self.algorithm == "joint"):
       raise ValueError(
         "--tail=separate takes the last of --inner_steps minibatches, and there is only one: "
-        "use --inner_steps=2 or more, or --tail=shared"
+        + ("" if self.algorithm == "joint" else "use --inner_steps=2 or more, or ")
+        + "use --tail=shared"
       )
     examples = self.ways * (self.train_shots - self.held_back)
     if self.minibatches == "replacement" and self.inner_batch > examples:
@@ -443,7 +445,8 @@ PLAIN_SGD = Recipe(
 def _of_family(algorithm: Any, **changes: Any) -> Recipe:
   """5-way 1-shot Omniglot with the paper's network, by 16 gradients of losses in each meta-step.
 
-  A task has three inner steps on its five examples, and the loss of five others.
+  Unless `changes` say otherwise, a task has three inner steps on its five examples, and the loss of
+  five others.
   """
   settings: dict[str, Any] = {
     "train_shots": 2,

@@ -80,8 +80,8 @@ class Job(NamedTuple):
 def check_all(many: Sequence[Job]) -> None:
   """Raises what is wrong with any of several runs, before one is trained.
 
-  Those that have not begun are built with the first run's data. Those that have, which may be
-  complete, must be of the same data as they began with.
+  All are built with the first run's data. Those that have begun, which may be complete, must be of
+  the data that they began with.
   """
   for _, recipe, _ in many:
     trackers.check(recipe.track or ())
@@ -334,7 +334,8 @@ def judge_again(recipe: Recipe, which: str, out: str | Path) -> Line:
         f"{folder.path} has no best checkpoint, which is never chosen on test tasks, and its "
         "learning curve has no others: use --judge=newest"
       )
-    raise ValueError(f"{folder.path} has no {which} checkpoint yet: wait, or use --judge=newest")
+    advice = "wait" if which == "newest" else "wait, or use --judge=newest"
+    raise ValueError(f"{folder.path} has no {which} checkpoint yet: {advice}")
   step = int(found.state.step)
   ways = {name: value for name, value in values_of(recipe, Judging).items() if name != "eval_tasks"}
   path = folder.path / "judged" / f"step{step}"

@@ -100,7 +100,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
   """Opens a folder of checkpoints, which need not exist.
 
   If several processes share a run, all of them call this together. Nothing changes before the first
-  save, which creates the folder; so it can be opened for reading while a run writes to it.
+  save, which creates the folder, or the first score; so it can be opened for reading while a run
+  writes to it.
 
   Args:
     folder: the folder of the checkpoints.
@@ -147,8 +148,9 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
       damaged.clear()
       if step in manager.all_steps():
         raise FileExistsError(f"there is a checkpoint of step {step} already")
-      if any(other >= step for other in rated):  # of checkpoints that were damaged
-        for other in [other for other in rated if other >= step]:
+      gone = [other for other in rated if other >= step and other not in manager.all_steps()]
+      if gone:  # checkpoints that were damaged
+        for other in gone:
           del rated[other]
         _write_scores(folder, rated)
       with _STARTING:
@@ -181,8 +183,9 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
     if zlib.crc32(text.encode()) != checksum:
       raise ValueError("its extra values are not those that were saved")
     beside = json.loads(text)
-    as_saved = _with_places(beside["leaves"], like)
-    _check_leaves(beside["leaves"], _described(as_saved))
+    leaves = {name: kind.lstrip("~") for name, kind in beside["leaves"].items()}  # of older files
+    as_saved = _with_places(leaves, like)
+    _check_leaves(leaves, _described(as_saved))
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, as_saved)
     found = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))[
       "state"
@@ -310,13 +313,13 @@ def _may_pass(error: BaseException) -> bool:
 
 def _described(state: MetaState) -> dict[str, str]:
   """The shape and dtype of every leaf, by its name in the state."""
+
+  def described(leaf: Any) -> str:
+    kind = jax.typeof(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf))
+    return str(kind).lstrip("~")  # it marks a weak type, which a meta-step may make strong
+
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {
-    jax.tree_util.keystr(path).lstrip("."): str(
-      jax.typeof(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf))
-    )
-    for path, leaf in leaves
-  }
+  return {jax.tree_util.keystr(path).lstrip("."): described(leaf) for path, leaf in leaves}
 
 
 def _with_places(saved: dict[str, str], like: MetaState) -> MetaState:

@@ -271,11 +271,7 @@ def asks_for_key(loss_fn: LossFn) -> Literal["always", "if there is one", ""]:
 
 def _metrics(metrics: Any) -> dict[str, jax.Array]:
   if (
-    not isinstance(metrics, dict)
-    or "losses" in metrics
-    or not all(
-      jax.tree_util.all_leaves([leaf]) and not jnp.iscomplexobj(leaf) for leaf in metrics.values()
-    )
+    not isinstance(metrics, dict) or "losses" in metrics or not all(map(_is_real, metrics.values()))
   ):
     raise ValueError(
       "beside its value, a loss may return a dict of real arrays by name, which is not 'losses', "
@@ -284,6 +280,13 @@ def _metrics(metrics: Any) -> dict[str, jax.Array]:
   return {
     name: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)) for name, leaf in metrics.items()
   }
+
+
+def _is_real(leaf: Any) -> bool:
+  if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+    return False
+  dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+  return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
 
 
 def finite_vector(weights: Any) -> jax.Array | np.ndarray:

@@ -10,6 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from metajax import checks
+
 
 class Defaults(NamedTuple):
   """Per-backend defaults for options left as None."""
@@ -25,9 +27,10 @@ _BACKENDS = {
 _NOT_MEASURED = Defaults(convolution="xla", chunk=None)
 
 
-def defaults() -> Defaults:
-  """The defaults for the backend that JAX uses."""
-  return _BACKENDS.get(jax.default_backend(), _NOT_MEASURED)
+def defaults(mesh: Mesh | None = None) -> Defaults:
+  """The defaults for the devices of a mesh, or for the backend that JAX uses."""
+  backend = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  return _BACKENDS.get(backend, _NOT_MEASURED)
 
 
 def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -54,7 +57,10 @@ def cores_as_devices(count: int | None = None) -> None:
 
   Raises:
     RuntimeError: if JAX has started already.
+    ValueError: if the count is no whole number of at least 1.
   """
+  if count is not None:
+    checks.at_least_one(count=count)
   affinity = getattr(os, "sched_getaffinity", None)  # not on every system
   cores = len(affinity(0)) if affinity else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", cores if count is None else count)

@@ -157,7 +157,7 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
   checks.chunk_of_tasks(chunk, num_tasks)
   mesh, by_slot = mesh_and_spec(mesh)
   slots = num_slots(num_tasks, mesh)
-  chunk = chunk_or_default(chunk, slots // mesh.size)
+  chunk = chunk_or_default(chunk, slots // mesh.size, mesh)
   everywhere = PartitionSpec()
 
   def lift(meta_gradient: MetaGradient) -> MetaGradient:
@@ -295,7 +295,7 @@ def _over_slots(
     return total[0], inner_state, total[1]
 
   def body(total: Any, slots: Any) -> tuple[Any, InnerState]:
-    # Slots that only fill up the mesh are not computed: the other devices can use the core.
+    # A chunk whose slots only fill up the mesh is not computed: other devices can use the core.
     return jax.lax.cond(
       jnp.any(slots[2] > 0), add, lambda total, slots: (total, slots[0]), total, slots
     )

@@ -41,7 +41,7 @@ def map_tasks(
   def mapped(shared: Any, tasks: Any) -> Any:
     num_tasks = num_examples(tasks)
     slots = num_slots(num_tasks, mesh)
-    size = chunk_or_default(chunk, slots // mesh.size)
+    size = chunk_or_default(chunk, slots // mesh.size, mesh)
     # Traced out here: shard_map rejects the indexing of mesh-sharded data.
     one_task, data = traced(function, shared, jax.tree.map(lambda leaf: leaf[0], tasks))
 
@@ -73,9 +73,9 @@ def num_slots(num_tasks: int, mesh: Mesh) -> int:
   return -(-num_tasks // mesh.size) * mesh.size
 
 
-def chunk_or_default(chunk: int | None, num_tasks: int) -> int:
-  """The requested chunk, or the backend's default, capped at the number of tasks."""
-  chunk = devices.defaults().chunk if chunk is None else chunk
+def chunk_or_default(chunk: int | None, num_tasks: int, mesh: Mesh) -> int:
+  """The requested chunk, or the default of the mesh's devices, capped at the number of tasks."""
+  chunk = devices.defaults(mesh).chunk if chunk is None else chunk
   return num_tasks if chunk is None else min(chunk, num_tasks)
 
 
@@ -92,7 +92,7 @@ def padded(tasks: Any, num_tasks: int, slots: int) -> Any:
   if num_tasks == slots:
     return tasks
   rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
-  return jax.tree.map(lambda leaf: leaf[rows], tasks)
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks)
 
 
 def repeated(state: InnerState, times: int) -> InnerState:

@@ -26,7 +26,7 @@ from metajax.devices import in_any_process, task_mesh
 from metajax.inner import Info, all_finite
 from metajax.meta import MetaLearner, MetaState, check_state, run
 from metajax.programs import compiled, copied, debugging, on_mesh, without_sharding
-from metajax.types import MakeEpisode, Params, PRNGKey, SampleTask
+from metajax.types import Episode, MakeEpisode, Params, PRNGKey, SampleTask
 
 
 class StoppedError(RuntimeError):
@@ -112,7 +112,9 @@ def train(
   the run. The same call then resumes an interrupted run, repeats a report that was interrupted, and
   ends with bit-identical parameters. A warning is given if a meta-step computes something else
   than when the folder was trained, for example because the algorithm, a rate or the data has
-  changed. Data that the samplers close over becomes an argument of the compiled programs.
+  changed. (With another version of JAX or of metajax, on another platform or with another number of
+  devices, this is not checked.) Data that the samplers close over becomes an argument of the
+  compiled programs.
 
   A warning is also given if the sampler does not use its key, if no parameter has changed up to the
   first report, or if all tasks between two reports were skipped.
@@ -192,8 +194,16 @@ def train(
     def keep() -> None:
       nonlocal last_saved
       if saved and step > last_saved:
+        last_saved = step  # also if this is interrupted
         saved.save(state, {"seconds": seconds, "sums": sums, **extra})
-        last_saved = step
+
+    def keep_if_interrupted(kind: type[BaseException] | None, *_: Any) -> None:
+      # Processes that share a run could save only together. An interrupt by a program's own handler
+      # may come while a compiled call uses the memory of the state.
+      interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+      lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+      if interrupted and not lost and jax.process_count() == 1:
+        keep()
 
     def stopped() -> StoppedError:
       keep()
@@ -224,6 +234,7 @@ def train(
 
     begun, before = step, jax.device_get(state.params)
     bar = stack.enter_context(progress(total=num_steps, initial=step, unit="step"))
+    stack.push(keep_if_interrupted)
     if found is not None and not bar.disable:
       rest = ", the last one: nothing is left to train" if step == num_steps else ""
       bar.write(f"going on from meta-step {step} of {folder}{rest}")
@@ -249,28 +260,24 @@ def train(
       steps = min(steps_per_call, until_report)
       if steps not in programs:
         bar.set_postfix_str("compiling")
-        many_steps = _checking_parameters(run(learner, sample_task, make_episode, steps))
+        many_steps = run(_checking_parameters(learner), sample_task, make_episode, steps)
         with _paused(bar):
-          try:
-            programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
-          except KeyboardInterrupt:
-            keep()
-            raise
-      start = time.perf_counter()
-      # Everything stays on the device, sampling included.
-      with jax.transfer_guard("allow" if debugging() else "disallow"), _interrupts() as interrupts:
-        state, infos, finite = jax.block_until_ready(programs[steps](state, key))
-      seconds += time.perf_counter() - start
-      infos = jax.device_get(infos)
-      if not finite:
-        kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
-        raise _diverged(infos, step, kept)
-      step += steps
-      sums = sums.add(infos)
-      bar.update(steps)
+          programs[steps] = compiled(many_steps, mesh, state, key, donate=True)
+      with _interrupts() as interrupts:
+        start = time.perf_counter()
+        # Everything stays on the device, sampling included.
+        with jax.transfer_guard("allow" if debugging() else "disallow"):
+          state, found_out = jax.block_until_ready(programs[steps](state, key))
+        seconds += time.perf_counter() - start
+        infos, finite = jax.device_get(found_out)
+        if not finite.all():
+          kept = f"meta-step {last_saved} is saved" if saved and last_saved else "nothing is saved"
+          raise _diverged(infos, int(np.argmin(finite)), step, kept)
+        step += steps
+        sums = sums.add(infos)
       if interrupts:
-        keep()
         raise KeyboardInterrupt
+      bar.update(steps)
       new = Sums().add(infos)
       bar.set_postfix_str(_in_words(new.means()["losses"], new.skipped / steps))
 
@@ -469,45 +476,33 @@ def _warn_if_steps_are_lost(
     )
 
 
-def _checking_parameters(many_steps: Callable[..., Any]) -> Callable[..., Any]:
-  """Does the same, and also returns whether all parameters are finite."""
+def _checking_parameters(learner: MetaLearner) -> MetaLearner:
+  """The same learner, whose meta-steps also return whether all parameters are finite."""
 
-  def checked(state: MetaState, key: PRNGKey) -> tuple[Any, Any, jax.Array]:
-    state, infos = many_steps(state, key)
-    return state, infos, all_finite(state.params)
+  def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
+    state, info = learner.step(state, episodes)
+    return state, (info, all_finite(state.params))
 
-  return checked
-
-
-def _diverged(infos: Info, step: int, kept: str) -> DivergedError:
-  """The error that parameters are no longer finite after the meta-steps that follow `step`."""
-  first = step + _diverging_step(infos)
-  advice = "lower the inner or the outer rate"
-  if first == 1 and not np.isfinite(infos.losses[0, 0]):
-    advice = (
-      "its first loss is not finite, so see that the inputs are finite, and that labels are from 0 "
-      "to the number of the network's outputs - 1"
-    )
-  return DivergedError(
-    f"training diverged at meta-step {first}, its parameters are not finite: {advice} ({kept})"
-  )
+  return learner._replace(step=step)
 
 
-def _diverging_step(infos: Info) -> int:
-  """Finds which of these meta-steps, counted from 1, made the parameters infinite.
-
-  If L_1 of a meta-step is not finite, it started from such parameters: the one before made them.
-  With `skip_nonfinite`, all tasks are skipped from then on.
+def _diverged(infos: Info, number: int, step: int, kept: str) -> DivergedError:
+  """The error that parameters are no longer finite.
 
   Args:
-    infos: of n meta-steps, with leaves `[n, ...]`.
+    infos: of the meta-steps that follow `step`.
+    number: that of the first of these meta-steps, from 0, that left parameters that are not finite.
+    step: the meta-steps before.
+    kept: what is saved.
   """
-  losses = infos.losses
-  if infos.skipped is not None:
-    learned = np.flatnonzero(infos.skipped < 1)
-    return int(learned[-1]) + 1 if len(learned) else 1
-  bad = np.flatnonzero(~np.isfinite(losses).all(axis=1))
-  if not len(bad):
-    return len(losses)
-  inherited = not np.isfinite(losses[bad[0], 0])
-  return max(1, int(bad[0]) + (0 if inherited else 1))
+  advice = "lower the inner or the outer rate"
+  if not np.isfinite(infos.losses[number, 0]):  # of parameters that were finite
+    rates = f", or {advice}" if step + number else ""
+    advice = (
+      "its first loss is not finite, so see that the inputs are finite, and that labels are from 0 "
+      f"to the number of the network's outputs - 1{rates}"
+    )
+  return DivergedError(
+    f"training diverged at meta-step {step + number + 1}, its parameters are not finite: {advice} "
+    f"({kept})"
+  )

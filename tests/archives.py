@@ -25,6 +25,7 @@ def write_omniglot(folder, characters=CHARACTERS, drawings=20, change=None):
     with zipfile.ZipFile(folder / archive, "w") as file:
       file.writestr(f"images_{split}/", b"")
       file.writestr("__MACOSX/images/._0001_01.png", b"junk")
+      file.writestr(f"images_{split}/@eaDir/0001_01.png", b"junk")
       for character in range(count):
         label += 1
         for drawing in range(drawings):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,10 @@ def test_files_that_are_skipped_are_named(pictures, tmp_path, capsys):
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith("warning: images are skipped: a/broken.png in ")
   assert lines[1:] == ["warning: classes with fewer than 4 examples are left out: 'f' has 3"]
+  build._load_folder.cache_clear()
+  with pytest.raises(ValueError, match="no class has 9 examples"):
+    build.load(replace(recipe, min_examples=9))
+  assert "warning: images are skipped: a/broken.png in " in capsys.readouterr().out
   names = [name for part in splits if part is not None for name in part.names]
   assert sorted(names) == list("abcdegh")
 
@@ -116,10 +121,10 @@ REFUSALS = [
   ({"dataset": "omniglot"}, "--image_size applies to --dataset=folder only: leave it out"),
   ({"data_dir": None}, "--dataset=folder needs --data_dir"),
   (
-    {"ways": 3, "eval_shots": (4,), "train_shots": 5},
+    {"ways": 3, "eval_shots": (4,), "train_shots": 5, "curve_splits": ("train", "test")},
     r"pictures\d is too small: a task takes 5 examples .* train class 'c' has 4: lower "
-    r"--train_shots, or raise --min_examples; it has 2 test classes: lower --ways=3, or divide .*; "
-    "a task takes 5 .* test",
+    r"--train_shots, and --eval_shots or --eval_queries, or raise --min_examples; it has 2 test "
+    "classes: lower --ways=3, or divide .*; a task takes 5 .* test",
   ),
   ({"min_examples": 9}, "no class has 9 examples"),
 ]

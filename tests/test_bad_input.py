@@ -96,7 +96,7 @@ FEW_SHOT = [
   ("negative eps", {"inner_eps_root": -1e-8}, "--inner_eps_root=-1e-08 must be finite and"),
   ("all in the tail", {**SEPARATE, "tail_shots": 3}, "leaves none of --train_shots=3 .* raise"),
   ("k = 1 and a tail", {**SEPARATE, "inner_steps": 1}, "only one: use --inner_steps=2 or more"),
-  ("joint and a tail", {**SEPARATE, "algorithm": "joint"}, "only one: use .* --tail=shared"),
+  ("joint and a tail", {**SEPARATE, "algorithm": "joint"}, "only one: use --tail=shared$"),
   (
     "more than there is, without duplicates",
     {"minibatches": "replacement", "inner_batch": 10},
@@ -252,8 +252,8 @@ LINES = [
   ),
   (
     "few_shot",
-    "--algorithm=prototypical --tail=separate --eval_steps=5",
-    "few_shot: --eval_steps is of no use with --algorithm=prototypical, which has no inner steps "
+    "--algorithm=prototypical --tail=separate --eval_batch=5",
+    "few_shot: --eval_batch is of no use with --algorithm=prototypical, which has no inner steps "
     "and takes the mean loss: leave it out",
   ),
   (
@@ -941,6 +941,8 @@ CALLS = [
   ("sine: no grid", lambda: metajax.data.sine.grid_points(-1), "num_points must be at least 1"),
   ("glyphs: none", lambda: glyphs.load(train_classes=0), "must each be at least 1"),
   ("mesh: no device", lambda: metajax.task_mesh([]), "at least one device: leave devices out"),
+  ("no core", lambda: metajax.cores_as_devices(0), "count must be at least 1, not 0"),
+  ("half a core", lambda: metajax.cores_as_devices(2.5), "count must be a whole number"),
   (
     "vmapped: chunk",
     lambda: metajax.vmapped(2, chunk=3),

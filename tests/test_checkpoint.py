@@ -315,6 +315,14 @@ def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
   equal(restored(tmp_path).state, states[0])
 
 
+def test_the_score_of_a_later_checkpoint_stays(tmp_path, states):
+  with checkpoints(tmp_path, keep=3) as saved:
+    saved.save(states[2])
+    saved.rate(3, 0.9)
+    saved.save(states[0])
+    equal(saved.best(START).state, states[2])
+
+
 def _shapes(state):
   return jax.eval_shape(lambda: state)
 

@@ -594,6 +594,9 @@ def test_files_that_are_no_images_leave_the_cache_as_it_is(tmp_path):
     metajax.data.from_folder(folder, **options)
   with pytest.raises(DataError, match=f"there is no image below .*c {of_a_phone}"):
     metajax.data.read_images(folder / "c", size=4)
+  (folder / "c" / "photo.png").write_bytes(b"no image")
+  with pytest.raises(DataError, match=r"no image below .*c can be read: photo.png .* is not a"):
+    metajax.data.read_images(folder / "c", size=4, unreadable="skip")
 
 
 def test_images_that_occur_twice_are_left_out_or_warned_of(tmp_path):
@@ -830,6 +833,18 @@ def test_from_tfds(tmp_path):
       assert np.all(found // 10 == ["ant", "bee", "cow", "dog"].index(name))
 
 
+def labelled(pairs, names):
+  return (hub._Labelled(image, label, names) for image, label in pairs)
+
+
+def sizes_of(splits):
+  return {
+    name: int(size)
+    for part in (splits.train, splits.test)
+    for name, size in zip(part.names, part.sizes, strict=True)
+  }
+
+
 @pytest.mark.parametrize(
   ("image", "pattern"),
   [
@@ -842,13 +857,29 @@ def test_from_tfds(tmp_path):
 def test_images_of_a_hub_that_are_no_bytes_are_refused(image, pattern):
   pairs = [(image, 0), (image, 1)]
   with pytest.raises(DataError, match=pattern):
-    hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+    hub._splits(labelled(pairs, ["a", "b"]), SMALL_GRAY, 1, 0, 1, 0)
 
 
-def test_labels_of_a_hub_are_single():
-  pairs = [(np.zeros((4, 4), np.uint8), [0, 1])]
-  with pytest.raises(DataError, match=r"image 0 has the label \[0, 1\]: give one"):
-    hub._splits(pairs, None, SMALL_GRAY, 1, 0, 1, 0)
+@pytest.mark.parametrize(
+  ("label", "names", "pattern"),
+  [
+    ([0, 1], None, r"the label \[0, 1\]: give one whole number or name"),
+    (0.5, None, r"the label 0.5: give one whole number or name"),
+    (2, ["a", "b"], "the label 2, and the data set has 2 names of classes: correct"),
+  ],
+)
+def test_labels_of_a_hub_are_single_and_have_names(label, names, pattern):
+  pairs = [(np.zeros((4, 4), np.uint8), label)]
+  with pytest.raises(DataError, match="image 0 has " + pattern):
+    hub._splits(labelled(pairs, names), SMALL_GRAY, 1, 0, 1, 0)
+
+
+def test_each_split_of_a_hub_has_its_own_names():
+  image = lambda number: np.full((4, 4), number, np.uint8)
+  cats = labelled([(image(0), 0), (image(1), 1)], ["cat", "dog"])
+  owls = labelled([(image(2), 0), (image(3), 1)], ["owl", "cat"])
+  splits = hub._splits(itertools.chain(cats, owls), SMALL_GRAY, 1, 0, 1, 0)
+  assert sizes_of(splits) == {"cat": 2, "dog": 1, "owl": 1}
 
 
 @pytest.mark.parametrize("size", [28.5, None, (28, 28, 3)])
@@ -891,20 +922,15 @@ def test_an_image_that_the_library_of_a_hub_cannot_read_is_named():
     raise OSError("broken data stream")
 
   with pytest.raises(DataError, match=r"image 1 cannot be read \(broken data stream\): leave it"):
-    hub._splits(records(), ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+    hub._splits(labelled(records(), ["a", "b"]), SMALL_GRAY, 1, 0, 1, 0)
 
 
 def test_images_of_a_hub_without_a_label_are_left_out():
   labels = (0, 1, 2, -1, None, 1)
   pairs = [(np.full((4, 4), number, np.uint8), label) for number, label in enumerate(labels)]
   with pytest.warns(UserWarning, match="2 images without a label are left out"):
-    splits = hub._splits(pairs, ["a", "b", "c"], SMALL_GRAY, 1, 0, 1, 0)
-  sizes = {
-    name: int(size)
-    for part in (splits.train, splits.test)
-    for name, size in zip(part.names, part.sizes, strict=True)
-  }
-  assert sizes == {"a": 1, "b": 2, "c": 1}
+    splits = hub._splits(labelled(pairs, ["a", "b", "c"]), SMALL_GRAY, 1, 0, 1, 0)
+  assert sizes_of(splits) == {"a": 1, "b": 2, "c": 1}
 
 
 def test_images_that_a_hub_has_twice_are_there_once():
@@ -912,7 +938,7 @@ def test_images_that_a_hub_has_twice_are_there_once():
   image = lambda number: np.full((4, 4), number, np.uint8)
   pairs = [(image(number), label) for number, label in ((0, 0), (1, 0), (0, 1), (0, 0), (1, 0))]
   with pytest.warns(UserWarning) as warned:
-    splits = hub._splits(pairs, ["a", "b"], SMALL_GRAY, 1, 0, 1, 0)
+    splits = hub._splits(labelled(pairs, ["a", "b"]), SMALL_GRAY, 1, 0, 1, 0)
   said = [str(one.message) for one in warned]
   assert said[0].startswith("2 images are left out, since their class has the same")
   assert "some images (1) are in several classes, as in a and b" in said[1] and len(said) == 2

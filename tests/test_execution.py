@@ -138,6 +138,15 @@ def test_mapped_tasks_are_those_of_vmap(devices, chunk):
   mapped = jax.jit(metajax.map_tasks(function, mesh(devices), chunk=chunk))(3.0, tasks)
   expected = jax.vmap(lambda task: function(3.0, task))(tasks)
   jax.tree.map(np.testing.assert_array_equal, mapped, expected)
+  of_numpy = metajax.map_tasks(function, mesh(devices), chunk=chunk)
+  mapped = jax.jit(lambda shared: of_numpy(shared, np.asarray(tasks)))(3.0)
+  jax.tree.map(np.testing.assert_array_equal, mapped, expected)
+
+
+def test_the_default_chunk_is_that_of_the_mesh(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert metajax.devices.defaults().chunk is None
+  assert metajax.spread.chunk_or_default(None, 4, mesh(2)) == 1
 
 
 @pytest.mark.parametrize(("chunk", "loops"), [(None, 1), (1, 1), (2, 0)])

@@ -152,7 +152,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_where_it_stopped(
   assert (out / "checkpoints" / "4").exists()  # the last one, though 3 may be the best
 
 
-def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, monkeypatch):
+def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, monkeypatch, capsys):
   recipe = tiny(eval_every=1, steps_per_call=1)
   build_it = build.build
 
@@ -175,6 +175,8 @@ def test_a_run_that_diverges_ends_and_keeps_what_was_finite(tmp_path, glyphs, mo
   guessed = runs.run_all([runs.Job("it", recipe, tmp_path)], diverging_guesses=True)[tmp_path]
   assert {cell["accuracy"] for cell in guessed["cells"].values()} == {1 / 3}
   assert set(guessed["cells"]) == CELLS and "diverged at meta-step 3" in guessed["diverged"]
+  few_shot.report(recipe, guessed, tmp_path)
+  assert "diverged at meta-step 3" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_without_a_terminal_progress_is_a_line_every_half_minute(monkeypatch, capsys):

@@ -255,6 +255,6 @@ def test_what_a_loss_asks_for():
   later = lambda params, batch, *, train=True, key=None: plain(params, batch, key)
   for loss in (plain, later, partial(later, train=False)):
     np.testing.assert_allclose(step(loss, KEY).loss, step(loss).loss + 1, rtol=1e-6)
-  for metrics in ([1.0], {"losses": 1.0}, {"a": 1j}, {"a": {"b": 1.0}}):
+  for metrics in ([1.0], {"losses": 1.0}, {"a": 1j}, {"a": {"b": 1.0}}, {"a": "b"}, {"a": KEY}):
     with pytest.raises(ValueError, match="may return a dict of real arrays by name"):
       step(lambda params, batch, metrics=metrics: (jnp.sum(params), metrics))

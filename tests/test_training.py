@@ -175,6 +175,73 @@ def test_what_is_interrupted_by_the_keyboard_is_saved(tmp_path, interruptible):
   assert records[0].restored and records[0].step == 2
 
 
+class InterruptedBar(tqdm):
+  """As if Ctrl-C were pressed when the bar is updated for the third time."""
+
+  updates = 0
+
+  def update(self, n=1):
+    self.updates += 1
+    if self.updates == 3:
+      raise KeyboardInterrupt
+    super().update(n)
+
+
+def test_what_is_interrupted_between_two_calls_is_saved(tmp_path):
+  asked = []
+
+  def interrupted():
+    asked.append(None)
+    if len(asked) == 3:
+      raise KeyboardInterrupt
+
+  options = {"report_every": 7, "steps_per_call": 2}
+  for name, step, more in (
+    ("before", 4, {"should_stop": interrupted}),
+    ("after", 6, {"progress": InterruptedBar}),
+  ):
+    with pytest.raises(KeyboardInterrupt):
+      train(folder=tmp_path / name, **options, **more)
+    assert checkpoints(tmp_path / name).restore(START).state.step == step
+
+
+def test_an_interrupt_within_a_call_by_a_handler_of_the_program_s_own(tmp_path, monkeypatch):
+  """The memory of the state is in use then, so that it cannot be saved."""
+
+  compiled, calls = training.compiled, []
+
+  def interrupted(*arguments, **options):
+    program = compiled(*arguments, **options)
+
+    def call(state, key):
+      calls.append(None)
+      found = program(state, key)  # deletes the state that it was given
+      if len(calls) == 2:
+        raise KeyboardInterrupt
+      return found
+
+    return call
+
+  monkeypatch.setattr(training, "compiled", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder=tmp_path)
+  assert checkpoints(tmp_path).restore(START) is None
+
+
+def test_a_run_goes_on_from_numbers_of_a_weak_type(tmp_path):
+  """`jnp.array(0.1)` has one, and what a meta-step makes of it does not."""
+  squares = lambda params, batch: jnp.mean((batch.inputs @ params["w"] - params["b"]) ** 2)
+  inner = metajax.carried(optax.adam(0.1, b1=0.0))
+  learner = metajax.meta_learner(
+    metajax.reptile(squares, inner), optax.sgd(0.5), metajax.sharded(2)
+  )
+  start = learner.init({"w": problems.weights(), "b": jnp.array(0.1)})
+  assert start.params["b"].weak_type
+  whole = train(learner, start)
+  train(learner, start, num_steps=3, folder=tmp_path)
+  equal(train(learner, start, folder=tmp_path).state.params, whole.state.params)
+
+
 def test_a_report_returns_a_number(tmp_path):
   with pytest.raises(ValueError, match="report must return a number or None, and not dict"):
     train(report=lambda record: {"accuracy": 0.5})
@@ -428,23 +495,31 @@ def test_a_run_whose_first_loss_is_nan_is_told_to_look_at_its_data():
     train(learner, learner.init(problems.weights()[:, :2]))
 
 
-@pytest.mark.parametrize(
-  ("bad", "step"), [({}, 4), ({(2, 1): np.nan}, 3), ({(2, 0): np.inf}, 2), ({(0, 0): np.nan}, 1)]
-)
-def test_the_meta_step_that_diverged_is_the_one_before_a_bad_start(bad, step):
-  losses = np.ones((4, 2))
-  for where, value in bad.items():
-    losses[where[0], where[1] :] = value
-    losses[where[0] + 1 :] = np.nan
-  assert training._diverging_step(metajax.Info(losses)) == step
+@pytest.mark.parametrize("skip", [False, True])
+def test_divergence_in_the_middle_of_a_call_is_found(skip):
+  """Data that is not finite in meta-step 5, and parameters that are not from 5 on."""
+  gradient = metajax.reptile(problems.softmax_loss(), optax.sgd(0.05))
+  gradient = metajax.skip_nonfinite(gradient) if skip else gradient
+  learner = metajax.meta_learner(gradient, optax.sgd(0.5), metajax.vmapped(2))
 
+  def bad_data(state, episodes):
+    inputs = jnp.where(state.step == 4, jnp.nan, episodes.pool.inputs)
+    return learner.step(state, episodes._replace(pool=episodes.pool._replace(inputs=inputs)))
 
-@pytest.mark.parametrize(
-  ("skipped", "step"), [([0, 1, 0.5, 0], 4), ([0, 1, 0.5, 1], 3), ([1, 1, 1, 1], 1)]
-)
-def test_the_meta_step_that_diverged_is_the_last_one_that_did_not_skip_all(skipped, step):
-  infos = metajax.Info(np.zeros((4, 2)), skipped=np.array(skipped))
-  assert training._diverging_step(infos) == step
+  def bad_step(state, episodes):
+    after, info = learner.step(state, episodes)
+    return after._replace(params=jnp.where(state.step == 4, jnp.inf, after.params)), info
+
+  run = functools.partial(train, start=learner.init(problems.weights()), steps_per_call=7)
+  with pytest.raises(training.DivergedError, match=r"at meta-step 5, .*finite: lower the inner or"):
+    run(learner._replace(step=bad_step), report_every=7)
+  if skip:  # a meta-step of which nothing is learned
+    assert run(learner._replace(step=bad_data), report_every=7).skipped == pytest.approx(1 / 7)
+  else:
+    with pytest.raises(
+      training.DivergedError, match=r"at meta-step 5, .* see that the inputs .*, or lower the inner"
+    ):
+      run(learner._replace(step=bad_data), report_every=7)
 
 
 @pytest.mark.parametrize("name", ["num_steps", "report_every", "steps_per_call"])

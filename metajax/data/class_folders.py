@@ -99,8 +99,11 @@ def from_folder(
     Splits with inputs uint8 `[m, height, width, channels]`; class names are those of the folders.
 
   Raises:
-    DataError: if there are no images, or a file cannot be read.
-    ValueError: if the classes cannot be divided in this way.
+    DataError: if the folder is missing, there are no images, a class has none, a file cannot be
+      read or lies outside the folders of classes, a class is in two of the parts `train`, `val` and
+      `test`, or the cache cannot be written.
+    ValueError: if the size, the mode or `unreadable` is none of the above, or the classes cannot be
+      divided in this way.
   """
   form = format_of(size, mode)
   _check_choice(unreadable)
@@ -172,7 +175,7 @@ class NamedImages(NamedTuple):
   """Images and where they were found.
 
   Attributes:
-    names: the path of each image below the folder, `CLASS/IMAGE.png` or deeper.
+    names: the path of each image below the folder, such as `IMAGE.png` or `CLASS/IMAGE.png`.
     images: uint8 `[m, height, width, channels]`.
   """
 
@@ -197,13 +200,16 @@ def read_images(
       are skipped with a warning.
 
   Raises:
-    DataError: if there is no image, or one cannot be read.
+    DataError: if the folder is missing, there is no image, or one cannot be read.
+    ValueError: if the size, the mode or `unreadable` is none of the above.
   """
   _check_choice(unreadable)
   form, folder = format_of(size, mode), existing_directory(path)
   found, bad = decode_source(folder, form)
   if unreadable == "refuse":
     _refuse(bad, form)
+  if bad and not found:
+    raise DataError(f"no image below {folder} can be read: {_listed(bad)}")
   _warn(bad)
   if not found:
     others = _of_other_types(folder)
@@ -216,7 +222,8 @@ def format_of(size: int | tuple[int, int], mode: Mode) -> Format:
   """The format of images of any size that are made to fit.
 
   Raises:
-    ValueError: if the size is not positive, or the mode is not `"L"` or `"RGB"`.
+    ValueError: if the size is not one or two whole numbers of at least 1, or the mode is not `"L"`
+      or `"RGB"`.
   """
   sides: Any = size if np.shape(size) == (2,) else (size, size)
   height, width = sides
@@ -263,8 +270,9 @@ def decoded(
     skip: whether to leave out what is no readable image.
 
   Raises:
-    DataError: if there is no image in a part, a file lies in the wrong place, or, unless they are
-      skipped, files are no readable images; the first ten are listed.
+    DataError: if there is no image in a part, a file lies in the wrong place, a class is in two
+      parts, the cache cannot be written, or, unless they are skipped, files are no readable images;
+      the first ten are listed.
   """
   files = [path for paths in sources.values() for path in _files(paths)]
   kind = "x".join(map(str, form.shape))

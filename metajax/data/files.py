@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from types import SimpleNamespace
 from typing import IO, Any
 
@@ -117,7 +117,7 @@ def read_archive(
         raise DataError(
           f"{path} holds the unsafe name {name!r:.100}: get the archive from a source you trust"
         )
-      hidden = any(part.startswith((".", "__")) for part in inside.parts)
+      hidden = any(is_hidden(PurePosixPath(part)) for part in inside.parts)
       if hidden or inside.suffix.lower() not in suffixes:
         continue
       content = file.read(largest + 1)
@@ -191,7 +191,7 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PureP
       yield PurePosixPath(path.relative_to(folder).as_posix()), path
 
 
-def is_hidden(path: Path) -> bool:
+def is_hidden(path: PurePath) -> bool:
   """Whether a file or folder is none of the user's data, but of the system."""
   return path.name.startswith(".") or path.name in ("__MACOSX", "@eaDir")
 
@@ -243,8 +243,8 @@ def decode_image(
       centre to the aspect ratio, and resized. Otherwise it is refused.
 
   Raises:
-    DataError: if the file is not an image, is damaged, has another size, or is gray with more
-      than 8 bits. Of colors with more than 8 bits, the first 8 count.
+    DataError: if the file is not an image, is damaged, has another size and `fit` is false, or is
+      gray with more than 8 bits. Of colors, and of gray with transparency, the first 8 bits count.
   """
   try:
     with warnings.catch_warnings():

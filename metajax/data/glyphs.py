@@ -1,8 +1,8 @@
 """Glyphs: a data set of invented characters that the library draws itself, without a download.
 
 A class is a few strokes, each a cubic Bezier curve. To imitate handwriting, each drawing of a class
-moves the control points a little, tilts, scales and shears the whole character, and picks a pen
-width. Images have the format of Omniglot's: 28x28, paper 255, ink 0.
+moves the control points a little, tilts, scales, shears and shifts the whole character, and picks
+a pen width. Images have the format of Omniglot's: 28x28, paper 255, ink 0.
 """
 
 import jax

@@ -4,7 +4,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,8 +47,8 @@ def from_tfds(
     Splits with inputs uint8 `[m, height, width, channels]`.
 
   Raises:
-    DataError: if there is no such data set, it cannot be downloaded or prepared, or it has no
-      images with labels.
+    DataError: if there is no such data set, it cannot be downloaded or prepared, it has no images
+      with labels, or an image cannot be read.
     ImportError: if TensorFlow is needed to prepare it and is not installed.
     ValueError: if the size, the mode or the division into classes is impossible.
   """
@@ -73,10 +73,10 @@ def from_tfds(
   except Exception as error:  # it raises many types of error
     why = str(error).strip().split("\n")[0] or type(error).__name__
     raise DataError(f"{builder.name} cannot be downloaded or prepared: {why}") from error
-  records = (record for part in builder.as_data_source().values() for record in part)
-  pairs = ((record["image"], record["label"]) for record in records)
   names = getattr(features["label"], "names", None)
-  return _splits(pairs, names, form, min_examples, validation, test, seed)
+  records = (record for part in builder.as_data_source().values() for record in part)
+  found = (_Labelled(record["image"], record["label"], names) for record in records)
+  return _splits(found, form, min_examples, validation, test, seed)
 
 
 def from_huggingface(
@@ -113,8 +113,9 @@ def from_huggingface(
     Splits with inputs uint8 `[m, height, width, channels]`.
 
   Raises:
-    DataError: if there are no such columns, an image cannot be read, a label is no number or name,
-      or no image has a label.
+    DataError: if there are no such columns, an image cannot be read, a label is no whole number or
+      name or has no name of a class, or no image has a label. What the library itself raises, as
+      for a name that does not exist, is not changed.
     ImportError: if the library is not installed.
     ValueError: if the size, the mode or the division into classes is impossible.
   """
@@ -130,33 +131,55 @@ def from_huggingface(
     if not {image, label} <= set(part.column_names):
       columns = ", ".join(part.column_names)
       raise DataError(f"the data set has columns {columns}, not {image} and {label}: name yours")
-  pairs = ((record[image], record[label]) for part in parts for record in part)
-  names = getattr(parts[0].features[label], "names", None)
-  return _splits(pairs, names, form, min_examples, validation, test, seed)
+  labelled = (
+    _Labelled(record[image], record[label], getattr(part.features[label], "names", None))
+    for part in parts
+    for record in part
+  )
+  return _splits(labelled, form, min_examples, validation, test, seed)
+
+
+class _Labelled(NamedTuple):
+  """An image, as an array or Pillow's, and its label.
+
+  Attributes:
+    image: the image.
+    label: the number of its class in `names`, or the class itself if there are none.
+    names: those of the classes.
+  """
+
+  image: Any
+  label: Any
+  names: list[str] | None
 
 
 def _splits(
-  pairs: Iterable[tuple[Any, Any]],
-  names: list[str] | None,
+  records: Iterable[_Labelled],
   form: Format,
   min_examples: int,
   validation: int | float,
   test: int | float,
   seed: int,
 ) -> Splits:
-  """Splits of images, arrays or Pillow's, and labels, which are numbers of names or themselves."""
   labels: list[Any] = []
   unlabelled = 0
 
   def fitted() -> Iterator[np.ndarray]:
     nonlocal unlabelled
-    for number, (image, label) in enumerate(_readable(pairs)):
+    for number, (image, label, names) in enumerate(_readable(records)):
       if label is None or (names is not None and label < 0):  # as in test sets that are kept secret
         unlabelled += 1
         continue
       is_one = isinstance(label, int | np.integer | str)
       if not is_one:
-        raise DataError(f"image {number} has the label {label!r:.40}: give one number or name each")
+        raise DataError(
+          f"image {number} has the label {label!r:.40}: give one whole number or name each"
+        )
+      if names is not None and label >= len(names):
+        raise DataError(
+          f"image {number} has the label {label}, and the data set has {len(names)} names of "
+          "classes: correct the label, or the names"
+        )
       try:
         image = _as_image(image, f"image {number}")
         found = fit_image(image, f"image {number}", (form.width, form.height), form.mode)
@@ -180,12 +203,12 @@ def _splits(
   return few_shot.split(classes, validation=validation, test=test, seed=seed)
 
 
-def _readable(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-  """The same pairs, or one line about one that the library of the data cannot read."""
-  number, found = 0, iter(pairs)
+def _readable(records: Iterable[_Labelled]) -> Iterator[_Labelled]:
+  """The same records, or one line about one that the library of the data cannot read."""
+  number, found = 0, iter(records)
   while True:
     try:
-      pair = next(found)
+      record = next(found)
     except StopIteration:
       return
     except MemoryError:
@@ -193,7 +216,7 @@ def _readable(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     except Exception as error:
       why = str(error).strip().split("\n")[0] or type(error).__name__
       raise DataError(f"image {number} cannot be read ({why}): leave it out") from error
-    yield pair
+    yield record
     number += 1
 
 

@@ -31,7 +31,8 @@ def load(
     Splits with inputs uint8 `[m, 84, 84, 3]`.
 
   Raises:
-    DataError: if there are no images, or a file is damaged or has another size.
+    DataError: if `data_dir` is not given or holds no images, a file is damaged, has another size or
+      lies in the wrong place, a class is in two splits, or the cache cannot be written.
   """
   if data_dir is None:
     raise DataError(

@@ -54,7 +54,8 @@ def load(
     Splits without validation classes; inputs are uint8 `[m, 28, 28, 1]`, paper 255, ink 0.
 
   Raises:
-    DataError: if an archive is missing, damaged or incomplete, or the download fails.
+    DataError: if an archive is missing, damaged or incomplete, the download fails, or the cache
+      cannot be written.
     ValueError: for any other protocol.
   """
   if protocol not in ("pooled", "alphabets"):

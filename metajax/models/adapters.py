@@ -84,7 +84,7 @@ def from_nnx(make: Callable[[Any], Any]) -> Model:
       inputs.
 
   Raises:
-    ValueError: if `make` is no function; in `init`, if the module has state besides parameters.
+    ValueError: if `make` is a module itself; in `init`, if the module has state besides parameters.
   """
   from flax import nnx
 

@@ -311,7 +311,8 @@ def finn_omniglot(ways: int, *, filters: int = 64, method: Method | None = None)
   It differs from `omniglot` in that it inverts images, so that ink is 1 and paper 0, that the dense
   layer takes the mean over positions, that its kernel is initialized from N(0, 1), and that batch
   normalization has no scales. Finn et al. do not adapt the offsets of batch normalization:
-  `metajax.variants.only` does the same. Arguments and inputs are those of `omniglot`.
+  `metajax.variants.only` does the same. Inputs are those of `omniglot`, and so are the arguments,
+  but for `downsample`.
   """
   return _images(
     (28, 28, 1),
@@ -416,7 +417,7 @@ def sine(
 
 def _fully_connected(inputs: int, features: Sequence[int], activation: str) -> Model:
   if not features or min(features) < 1:
-    raise ValueError(f"features must be numbers of at least 1, not {tuple(features)}")
+    raise ValueError(f"the widths of the layers must be at least 1, not {tuple(features)}")
   if activation not in ("relu", "tanh", "gelu", "silu"):
     raise ValueError(f"activation must be relu, tanh, gelu or silu, not {activation!r}")
   network = MLP(tuple(features), getattr(nn, activation))

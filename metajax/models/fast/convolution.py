@@ -73,7 +73,8 @@ def cpu(
     kernel: `[kernel_height, kernel_width, channels, features]`.
     window_strides: the strides along height and width.
     padding: `"SAME"`, `"VALID"` or `[(low, high), (low, high)]`.
-    **options: the other arguments of `conv_general_dilated`.
+    **options: the other arguments of `conv_general_dilated`. `precision` counts in `patches` only;
+      a CPU computes in the precision of the operands anyway.
 
   Returns:
     `[n, out_height, out_width, features]`.
