@@ -73,12 +73,12 @@ class Checkpoints(NamedTuple):
       them call it together.
     restore: `MetaState -> Saved | None` returns the newest checkpoint, or None if there is none.
       Its argument is a state with the same structure, shapes, dtypes and shardings, or only their
-      description, `jax.eval_shape(learner.init, params)`. The number of devices may be another one
-      than when it was saved: places that are added to the meta-batch start from the inner state of
-      the last place, and places that are no longer there are left out. A damaged checkpoint is
-      passed over with a warning, and the next save removes it. Raises ValueError if all are damaged
-      or, where several processes share the run, if the newest one is, and OSError if a file cannot
-      be read for a reason that may pass.
+      description, `jax.eval_shape(learner.init, params)`. The number of tasks or of devices may be
+      another one than when it was saved: places that are added to the meta-batch start from the
+      inner state of the last place, and places that are no longer there are left out. A damaged
+      checkpoint is passed over with a warning, and the next save removes it. Raises ValueError if
+      all are damaged or, where several processes share the run, if the newest one is, and OSError
+      if a file cannot be read for a reason that may pass.
     best: the same for the checkpoint with the highest score, which need not be among the newest.
     close: waits until everything is written and releases the folder. Raises OSError as `save`.
   """
@@ -162,6 +162,8 @@ def checkpoints(folder: str | os.PathLike, *, keep: int = 2) -> Checkpoints:
           force=True,
         )
     except FileExistsError as error:
+      if not folder.is_dir():  # a file
+        raise _unwritten(folder, error) from error
       raise ValueError(f"{error} in {folder}: choose another folder") from None
     except Exception as error:
       raise _unwritten(folder, error) from error

@@ -141,7 +141,8 @@ def sharded(num_tasks: int, mesh: Mesh | None = None, *, chunk: int | None = Non
   meta-batch keeps its state on the device that runs it. If the number of devices does not divide
   `T`, the last task is repeated to fill the remaining places, which do not count. If you make the
   episodes yourself, their leading axis is `T`, or `T` rounded up to a multiple of the number of
-  devices; only the first `T` count.
+  devices; only the first `T` count. (The others must give finite gradients, which are multiplied
+  by 0.)
 
   Args:
     num_tasks: `T`, the tasks of a meta-batch.

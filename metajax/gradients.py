@@ -51,7 +51,8 @@ class MetaGradient(NamedTuple):
 
   `init` raises a ValueError if a parameter is not floating point, or the inner optimizer returns a
   gradient as it is, or draws random numbers and is not `carried`. `estimate` and `adapt` raise one
-  if the inner state, the episode or the value of the loss does not have the shape it should have.
+  if the inner state, the episode, or the value or a metric of the loss does not have the shape it
+  should have, or if the loss has a third parameter without a default that is not named `key`.
   """
 
   init: Callable[[Params], InnerState]
@@ -148,14 +149,14 @@ def maml(
       keeps no tape of the inner gradients, so with more than one inner step it takes less memory,
       and no more time. False differentiates through the inner gradients in reverse mode. It is
       needed if `loss_fn` has a derivative rule for reverse mode only (`jax.custom_vjp`), which JAX
-      refuses otherwise, or to differentiate the meta-gradient once more, or a meta-step with
-      respect to anything but the parameters.
+      refuses otherwise, and for derivatives of the meta-gradient in forward mode, or with respect
+      to the data or to what the loss closes over.
 
   Raises:
     ValueError: in `init`, if JAX cannot differentiate the optimizer's update, as that of a line
       search, or it has no finite derivative at a zero gradient, as Adam without `eps_root` (a
       gradient entry of exactly 0 would give NaN); in mixed mode, if the meta-gradient is
-      differentiated with respect to anything but the parameters.
+      differentiated with respect to the data or to what the loss closes over.
   """
 
   inner_loss = forward_over_reverse(loss_fn) if mixed_mode else loss_fn
@@ -247,7 +248,9 @@ def combine(
 
 
 def skip_nonfinite(meta_gradient: MetaGradient) -> MetaGradient:
-  """Skips tasks whose gradient or losses are not finite, or that leave NaN in the inner state.
+  """Skips tasks whose gradient or losses are not finite, or that spoil the inner state.
+
+  The inner state is spoiled if a number in it is no longer finite that was finite before.
 
   Such a task counts as one with a gradient of zero and losses of zero, and what is carried stays as
   it was before. `Info.skipped` is the fraction of the tasks that were skipped.

@@ -112,7 +112,8 @@ def save(
     state: its trained state.
     model: the network. One that `metajax.models` makes by name, such as `conv4`, is made again by
       `load`; any other must be given to `load` again, which compares its outputs for two made-up
-      inputs.
+      inputs and refuses it if they are more than 10 % off. (They are not compared if inputs are
+      nested trees, or if the network cannot be given made-up ones.)
     example_inputs: inputs `[n, ...]` of the shape and dtype that the network was trained on.
     inner_optimizer: the name of an optimizer of optax and its arguments, as `{"name": "sgd",
       "learning_rate": 0.1}`: `adabelief`, `adadelta`, `adagrad`, `adam`, `adamax`, `adamw`, `adan`,
@@ -298,9 +299,9 @@ def load(path: str | os.PathLike, *, model: Model | None = None) -> Learned:
 
   Raises:
     ValueError: if there is no such file, it is damaged, its numbers do not fit the network, the
-      network computes something else than the one that was saved, it was saved with a network of
-      the user's own and `model` is not given, or it has numbers of 64 bits and JAX is not set to
-      them.
+      network's outputs for two made-up inputs are more than 10 % off, or of another shape, it was
+      saved with a network of the user's own and `model` is not given, or it has numbers of 64 bits
+      and JAX is not set to them.
   """
   path, recipe, arrays = read(path)
   if model is None:

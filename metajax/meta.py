@@ -58,8 +58,8 @@ def meta_learner(
     meta_gradient: an estimator for one task, such as `reptile`, `fomaml` or `maml`.
     optimizer: any optax transformation without a line search. If it asks for more than the
       gradient, it is given the last loss L_k (`value`), averaged over the tasks that were not
-      skipped, and infinite if all were. Algorithm 1's phi <- phi + epsilon (phi~ - phi) is outer
-      SGD of rate epsilon.
+      skipped, and infinite if all were, and the meta-gradient (`grad`). Algorithm 1's
+      phi <- phi + epsilon (phi~ - phi) is outer SGD of rate epsilon.
     execution: `vmapped`, `serial` or `sharded`, with the number of tasks of a meta-step.
 
   Raises:

@@ -100,7 +100,8 @@ def expected_gradient(meta_gradient: MetaGradient, params: Params, minibatches: 
 
   The average is over 2 k orders: all rotations, forwards and backwards. Every minibatch comes last
   in equally many of them, and of any two minibatches, each comes before the other in half of them.
-  To first order in the stepsize, this average equals the expectation over all k! orders.
+  For MAML, FOMAML and Reptile, this average equals the expectation over all k! orders, to first
+  order in the stepsize. An estimator that weighs the inner steps otherwise needs all orders.
 
   Args:
     meta_gradient: the estimator, for one task.

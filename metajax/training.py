@@ -149,7 +149,7 @@ def train(
   Raises:
     ValueError: if a number is below 1, the state has more meta-steps than `num_steps` or than the
       newest checkpoint, no checkpoint of the folder can be restored, they are of a run with another
-      key or more meta-steps, or `report` returns anything but a number or None.
+      key or more meta-steps, or `report` returns what is no number and not None.
     StoppedError: if `should_stop` says so, or `report`. With a folder, the state is saved first.
     KeyboardInterrupt: after Ctrl-C, as described above.
     DivergedError: if the parameters are no longer finite; the message names the meta-step.

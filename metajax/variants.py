@@ -248,7 +248,7 @@ def imaml(
       decay, and does not look at the loss itself, as a line search does.
     strength: lambda, positive.
     outer_loss: L_k, if it is another function than the loss of the inner steps.
-    iterations: of conjugate gradients.
+    iterations: of conjugate gradients, at most.
 
   Raises:
     ValueError: if lambda is not positive, there is no iteration, or the optimizer is `carried`; in
@@ -390,8 +390,8 @@ def switched(first: MetaLearner, then: MetaLearner, at: int) -> MetaLearner:
     at: the number of meta-steps after which the learners are switched.
 
   Raises:
-    ValueError: if `at` is negative; in `init` and `step`, if the learners' states differ, or what
-      they log.
+    ValueError: if `at` is negative; in `init`, if the states of the learners differ in structure;
+      in `step`, if they differ in a shape, or in what they log.
   """
   if at < 0:
     raise ValueError(f"at must be a number of meta-steps, not {at}")
@@ -452,8 +452,9 @@ def prototypical(embed: Apply, ways: int) -> MetaGradient:
 
   There is no inner loop: the gradient is that of the mean cross-entropy of the tail, by
   `nearest_prototype` with the whole pool as training examples, whatever the schedule. So the tail
-  must be separate from the pool, and of classes that have examples there: else the loss is not
-  finite. Evaluate it with `nearest_prototype` too; its `adapt` returns the parameters as they are.
+  must be separate from the pool, and of classes that have examples there: an example of any other
+  class makes the loss huge or infinite. Evaluate it with `nearest_prototype` too; its `adapt`
+  returns the parameters as they are.
 
   Args:
     embed: f, `(params, inputs [n, ...]) -> embeddings [n, d]`.

@@ -315,6 +315,13 @@ def test_leaving_a_with_statement_waits_until_all_is_written(tmp_path, states):
   equal(restored(tmp_path).state, states[0])
 
 
+def test_a_file_in_place_of_the_folder_is_an_error_of_one_line(tmp_path, states):
+  (tmp_path / "run").write_text("")
+  line = r"a checkpoint could not be written in .*File exists"
+  with pytest.raises(OSError, match=line), checkpoints(tmp_path / "run") as saved:
+    saved.save(states[0])
+
+
 def test_the_score_of_a_later_checkpoint_stays(tmp_path, states):
   with checkpoints(tmp_path, keep=3) as saved:
     saved.save(states[2])
