@@ -170,7 +170,7 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str, list[float], list
 def draw(result: dict[str, Any], path: Path) -> None:
   """Draws Figure 4, with one panel for each setting that is varied."""
   panels = list(dict.fromkeys(point["panel"] for point in result["points"]))
-  with plots.drawing(path, figsize=(4.2 * len(panels), 4.2)) as figure:
+  with plots.drawing(path, figsize=(max(4.2 * len(panels), 6), 4.2)) as figure:  # for the legend
     all_axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     for panel, curve, xs, cells in _lines(result):
       between = "deviation_between_seeds" if result["seeds"] > 1 else "interval95"

@@ -484,9 +484,11 @@ def _of_tasks(run: Path) -> dict[str, np.ndarray]:
   }
 
 
-def _panel(panel: str, head: str, name: Callable[[float], str] = "{:g}".format) -> Iterator[str]:
+def _panel(
+  folder: str, panel: str, head: str, name: Callable[[float], str] = "{:g}".format
+) -> Iterator[str]:
   """A panel of Figure 4: accuracy of each curve against x."""
-  points = [p for p in folders.finished(RESULTS / "overlap")["points"] if p["panel"] == panel]
+  points = [p for p in folders.finished(RESULTS / folder)["points"] if p["panel"] == panel]
   places = sorted({point["x"] for point in points})
   yield f"| ({panel}) {head} | {' | '.join(map(name, places))} |"
   curves: dict[str, dict[float, str]] = {}
@@ -513,10 +515,14 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
   "one_shot": one_shot,
   "inversion": inversion,
   "matrix_products": matrix_products,
-  "overlap_a": lambda: _panel("a", "inner iterations, minibatches of 25"),
-  "overlap_b": lambda: _panel("b", "inner batch, 4 iterations"),
+  "overlap_a": lambda: _panel("overlap_20000", "a", "inner iterations, 20,000 meta-steps"),
+  "overlap_a_shorter": lambda: _panel("overlap", "a", "inner iterations, 5,000 meta-steps"),
+  "overlap_b": lambda: _panel("overlap", "b", "inner batch, 4 iterations, 5,000 meta-steps"),
   "overlap_c": lambda: _panel(
-    "c", "initial outer learning rate, full batches of 100", lambda step: f"2^{np.log2(step):g}"
+    "overlap",
+    "c",
+    "initial outer learning rate, full batches of 100, 5,000 meta-steps",
+    lambda step: f"2^{np.log2(step):g}",
   ),
 }
 
