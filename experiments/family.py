@@ -5,9 +5,9 @@
 Trains each of them on 5-way 1-shot Omniglot (`few_shot --recipe=family_NAME`) and, but for
 prototypical networks, on sine waves. A meta-step takes the same number of gradients of losses for
 all of them. They differ in how they compute these, and so in the seconds that a meta-step takes.
-Runs are independent: each has its own
-device, and several run at once. The same command resumes those on Omniglot that were interrupted.
-The run folder (--out) gets result.json, family.png and family.svg, and a folder for each run.
+Runs are independent: each has its own device, and several run at once. The same command resumes
+those on Omniglot that were interrupted. The run folder (--out) gets result.json, family.png and
+family.svg, and a folder for each run.
 """
 
 import time
