@@ -10,8 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from metajax import checks
-
 
 class Defaults(NamedTuple):
   """Per-backend defaults for options left as None."""
@@ -59,8 +57,8 @@ def cores_as_devices(count: int | None = None) -> None:
     RuntimeError: if JAX has started already.
     ValueError: if the count is no whole number of at least 1.
   """
-  if count is not None:
-    checks.at_least_one(count=count)
+  if count is not None and (not isinstance(count, int) or count < 1):
+    raise ValueError(f"count must be a whole number of at least 1, not {count!r}")
   affinity = getattr(os, "sched_getaffinity", None)  # not on every system
   cores = len(affinity(0)) if affinity else os.cpu_count() or 1
   jax.config.update("jax_num_cpu_devices", cores if count is None else count)

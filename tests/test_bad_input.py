@@ -941,8 +941,8 @@ CALLS = [
   ("sine: no grid", lambda: metajax.data.sine.grid_points(-1), "num_points must be at least 1"),
   ("glyphs: none", lambda: glyphs.load(train_classes=0), "must each be at least 1"),
   ("mesh: no device", lambda: metajax.task_mesh([]), "at least one device: leave devices out"),
-  ("no core", lambda: metajax.cores_as_devices(0), "count must be at least 1, not 0"),
-  ("half a core", lambda: metajax.cores_as_devices(2.5), "count must be a whole number"),
+  ("no core", lambda: metajax.cores_as_devices(0), "whole number of at least 1, not 0"),
+  ("half a core", lambda: metajax.cores_as_devices(2.5), "whole number of at least 1, not 2.5"),
   (
     "vmapped: chunk",
     lambda: metajax.vmapped(2, chunk=3),
