@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from metajax import checks, devices
 from metajax.programs import traced
-from metajax.types import InnerState, num_examples
+from metajax.types import InnerState, num_examples, take
 
 
 def map_tasks(
@@ -91,8 +91,7 @@ def padded(tasks: Any, num_tasks: int, slots: int) -> Any:
   """Repeats the last task until there are as many tasks as slots."""
   if num_tasks == slots:
     return tasks
-  rows = jnp.minimum(jnp.arange(slots), num_tasks - 1)
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], tasks)
+  return take(tasks, jnp.minimum(jnp.arange(slots), num_tasks - 1))
 
 
 def repeated(state: InnerState, times: int) -> InnerState:

@@ -250,11 +250,14 @@ LINES = [
     "--judge=best --seeds=2",
     "few_shot: --judge reads how a run was trained: leave out --recipe, --seed and --seeds",
   ),
-  (
-    "few_shot",
-    "--algorithm=prototypical --tail=separate --eval_batch=5",
-    "few_shot: --eval_batch is of no use with --algorithm=prototypical, which has no inner steps "
-    "and takes the mean loss: leave it out",
+  *(
+    (
+      "few_shot",
+      f"--algorithm=prototypical --tail=separate --{flag}=5",
+      f"few_shot: --{flag} is of no use with --algorithm=prototypical, which has no inner steps "
+      "and takes the mean loss: leave it out",
+    )
+    for flag in ("eval_steps", "eval_batch")
   ),
   (
     "few_shot",
